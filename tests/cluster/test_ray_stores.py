@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.files import contents
 from tests.golden.table import CONVERSIONS, GOLDEN, HERE
 from tests.remote.conftest import bucket, moto
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Proxy, Request
-from tests.remote.store_runs import OUT, forge
+from tests.remote.store_runs import OUT, Meanwhile, forge
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("obstore")
@@ -185,20 +184,8 @@ def test_an_interrupted_run_is_continued(
 
 
 def test_two_commands_of_one_output(cluster: Any, bucket: Bucket, trained: Path) -> None:
-    refused: list[str] = []
-
-    def other(stage: str, done: int, total: int) -> None:
-        if not refused:
-            refused.append("")
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
-
-    def second() -> None:
-        with pytest.raises(reshard.WriteError) as told:
-            reshard.convert(trained, OUT, **OPTIONS)
-        refused.append(str(told.value))
-
-    reshard.convert(trained, OUT, engine="ray", progress=other, **OPTIONS)
-    assert "is writing this output" in refused[1]
+    second = Meanwhile(lambda: reshard.convert(trained, OUT, **OPTIONS))
+    reshard.convert(trained, OUT, engine="ray", progress=second, **OPTIONS)
+    (refusal,) = second.refusals
+    assert "is writing this output" in refusal
     assert json.loads(bucket.get("out/reshard.json"))["tensors"]

@@ -1,7 +1,9 @@
-"""A conversion into a store that can be killed, and a journal that states what is not so."""
+"""A conversion into a store that can be killed, a second one beside it, and a forged journal."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,30 @@ class Run:
         with pytest.raises(reshard.IncompleteError, match="not complete"):
             reshard.open(OUT)
         return True
+
+
+class Meanwhile:
+    """Progress of a conversion, at whose first step another thread runs `work`, which is refused.
+
+    `refusals` are the messages.
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self._began = False
+        self.refusals: list[str] = []
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._began:
+            self._began = True
+            thread = threading.Thread(target=self._refused)
+            thread.start()
+            thread.join()
+
+    def _refused(self) -> None:
+        with pytest.raises(reshard.WriteError) as caught:
+            self._work()
+        self.refusals.append(str(caught.value))
 
 
 def forge(bucket: Bucket, file: str, at: int) -> None:

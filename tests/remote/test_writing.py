@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ from reshard.transfer.remote import RemoteFolder
 from tests.budget import _ENVIRONMENT, MEMORY, needs_proc, peak
 from tests.files import contents
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, slowly
+from tests.remote.store_runs import OUT, Meanwhile
 from tests.remote.test_reading import CHECKPOINTS, GOLDEN
-
-OUT = f"s3://{BUCKET}/out"
 
 
 @pytest.fixture
@@ -282,23 +280,11 @@ def test_the_old_output_stands_until_the_new_is_sent(
 
 def test_two_runs_of_one_output(bucket: Bucket, trained: Path, tmp_path: Path) -> None:
     reshard.convert(trained, tmp_path / "local")
-    refused: list[str] = []
-
-    def other(what: str, done: int, total: int) -> None:
-        if not refused:
-            refused.append("")
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
-
-    def second() -> None:
-        try:
-            RemoteFolder(located(OUT), "plan", []).__enter__()  # type: ignore[arg-type]
-        except reshard.WriteError as error:
-            refused.append(str(error))
-
-    reshard.convert(trained, OUT, progress=other)
-    assert re.match(rf"{OUT}: process {os.getpid()} on .* is writing this output", refused[1])
+    folder = RemoteFolder(located(OUT), "plan", [])  # type: ignore[arg-type]
+    second = Meanwhile(folder.__enter__)
+    reshard.convert(trained, OUT, progress=second)
+    (refusal,) = second.refusals
+    assert re.match(rf"{OUT}: process {os.getpid()} on .* is writing this output", refusal)
     assert bucket.download("out") == contents(tmp_path / "local")
 
 

@@ -14,13 +14,14 @@ from reshard.evaluate.options import Options
 from reshard.evaluate.streaming import Spoken
 from reshard.storage.paths import file_size
 
-#: What a person writes to start over.
+#: The line that starts a new conversation.
 AGAIN = "/new"
 
 
 def converse(options: Options, read: Callable[[], str | None], say: Callable[[str], None]) -> int:
-    """Answer what `read` gives until it gives None; `say` hears the pieces of each answer, of
-    which the last ends with a line break. Returns the number of answers.
+    """Answer each text that `read` returns, until it returns None. Returns the number of answers.
+
+    `say` gets the pieces of each answer; the last one ends with a line break.
 
     Raises `UnsupportedError` for a model that does not generate or has no chat template, and what
     loading raises.
@@ -62,7 +63,7 @@ def converse(options: Options, read: Callable[[], str | None], say: Callable[[st
 
 
 def _telling(spoken: Spoken, say: Callable[[str], None]) -> OnToken:
-    """What hears the tokens of an answer, and says their text."""
+    """A callback that takes the tokens of an answer and passes on their text."""
 
     def heard(count: int, new: list[int]) -> None:
         if text := spoken.add(new):

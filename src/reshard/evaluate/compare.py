@@ -97,7 +97,7 @@ def logits_of(loaded: Loaded, tokens: Tokens) -> torch.Tensor:
 def measure_and_spill(
     loaded: Loaded, sequences: Sequence[Tokens], spill: Spill, heard: Heard
 ) -> Perplexity:
-    """Leave the first model's logits in `spill`; returns its perplexity on the text."""
+    """Write the first model's logits to `spill`; returns its perplexity on the text."""
     perplexity = Perplexity()
     for index, tokens in enumerate(sequences):
         logits = logits_of(loaded, tokens)
@@ -108,10 +108,10 @@ def measure_and_spill(
     return perplexity
 
 
-def hold_against(
+def compare_with_spill(
     loaded: Loaded, sequences: Sequence[Tokens], spill: Spill, heard: Heard
 ) -> tuple[Perplexity, Divergence]:
-    """Run the second model over the same sequences, and compare with what the first left."""
+    """Run the second model over the same sequences and compare its logits with the first's."""
     perplexity, divergence = Perplexity(), Divergence()
     for index, tokens in enumerate(sequences):
         logits = logits_of(loaded, tokens)

@@ -10,7 +10,7 @@ import torch
 
 from reshard.evaluate.report import Logits, finite
 
-# Positions whose distributions are worked on at once: 64 x 150,000 x 8 bytes = 77 MB.
+# Positions that are computed at once: 64 x 150,000 x 8 bytes = 77 MB.
 _ROWS = 64
 
 
@@ -91,7 +91,7 @@ class Divergence:
             max_difference=finite(self.max_difference),
             mean_difference=finite(self.sum_difference / elements),
             relative_difference=finite(relative),
-            # Rounding can leave the KL of two equal rows a hair below zero.
+            # Rounding can make the KL of two equal rows slightly negative.
             mean_kl=finite(
                 max(self.sum_kl / count, 0.0) if self.sum_kl == self.sum_kl else math.nan
             ),

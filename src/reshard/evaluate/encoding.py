@@ -17,7 +17,7 @@ from reshard.storage.paths import is_file
 
 Inputs = dict[str, torch.Tensor]
 
-# Qwen's vision models find their images by these marks around the placeholder.
+# Qwen's vision models expect these marks around the placeholder of an image.
 _VISION = ("<|vision_start|>", "<|vision_end|>")
 
 
@@ -109,7 +109,7 @@ class Encoder:
         return dict(self.processor(text=list(texts), **arguments))
 
     def _placeholders(self, media: Media) -> str:
-        """What stands for images and sounds in raw text; the processor spells out each one."""
+        """The placeholders of images and sounds in raw text; the processor expands each of them."""
         if not media:
             return ""
         image = str(getattr(self.processor, "image_token", ""))
@@ -178,7 +178,7 @@ def load_processor(folder: Folder, tokenizer: Any, *, remote_code: bool) -> Any:
 
 
 def _without_video(folder: Folder, images: Any, tokenizer: Any) -> Any:
-    """The model's own processor class, less its video part, which alone needs torchvision."""
+    """The model's own processor class without its video part, which alone needs torchvision."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     name = PROCESSOR_MAPPING_NAMES.get(folder.model_type)

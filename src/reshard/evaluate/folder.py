@@ -28,7 +28,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_con
 
 
 class ModelKind(str, Enum):
-    """What a model takes and gives, which decides its class and what is asked of it."""
+    """A model's inputs and outputs, which decide its class and its prompts."""
 
     CAUSAL = "causal language model"
     VISION = "vision-language model"
@@ -76,7 +76,7 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """Whether the config says that input and output embeddings are one; None if silent.
+        """Whether the config ties input and output embeddings; None if it does not say.
 
         transformers 4 wrote the flag into `text_config`, transformers 5 reads the top level.
         """
@@ -152,7 +152,7 @@ def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Mo
 
 
 def _headless(architecture: str | None) -> bool:
-    """Whether the class is a bare backbone or has a head that no prompt can be put to."""
+    """Whether the class is a bare backbone, or its head takes no prompt."""
     if architecture is None or architecture.endswith("LMHeadModel"):
         return False
     tasks = ("MaskedLM", "TokenClassification", "QuestionAnswering", "ImageClassification")

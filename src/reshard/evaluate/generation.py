@@ -14,7 +14,7 @@ from reshard.evaluate.loading import Loaded
 from reshard.evaluate.options import Sampling
 from reshard.evaluate.report import Json
 
-# What the report keeps of the settings in force.
+# The settings that the report records.
 _SHOWN = (
     "do_sample",
     "temperature",
@@ -66,7 +66,7 @@ class Clock:
             self.on_token(len(self.times), value.reshape(-1).tolist())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no text is pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Generated:
 
 
 def settings(sampling: Sampling, max_new_tokens: int, tokenizer: Any, model: Any) -> dict[str, Any]:
-    """Arguments of `generate`. What is not given here, the model's own generation config sets.
+    """Arguments of `generate`. The model's own generation config sets what is absent here.
 
     Where that names no end or padding token, the tokenizer's are taken.
     """
@@ -120,7 +120,7 @@ def generate(
     watched: bool = True,
     on_token: OnToken | None = None,
 ) -> Generated:
-    """Generate from a batch of inputs; `on_token` hears the steps done, and the new tokens.
+    """Generate from a batch of inputs; `on_token` gets the number of steps and the new tokens.
 
     `watched` looks at every step's logits, which costs a pass over them; timing goes without.
     """

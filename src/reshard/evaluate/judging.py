@@ -11,7 +11,7 @@ from reshard.evaluate.compare import (
     Heard,
     Spill,
     Tokens,
-    hold_against,
+    compare_with_spill,
     measure_and_spill,
     perplexity_of,
     same_ids,
@@ -36,7 +36,7 @@ from reshard.storage.paths import file_size
 
 @dataclass(frozen=True, slots=True)
 class FirstSide:
-    """What the first model leaves behind before it makes room for the second.
+    """The results of the first model, which is released before the second is loaded.
 
     `prompts` are the rendered prompts' inputs, `sequences` what its logits in `spill` are of:
     the prompts with their answers, then the text. A model that only scores leaves `scores`.
@@ -86,9 +86,9 @@ def record_first(
 
 
 def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comparison:
-    """Load the other model and compare it with what the first left.
+    """Load the other model and compare it with the first one's results.
 
-    Raises what loading raises, and `UnsupportedError` if one model speaks and the other scores.
+    Raises what loading raises, and `UnsupportedError` if one model generates and the other scores.
     """
     folder = read_folder(other)
     if folder.kind.generates != first.folder.kind.generates:
@@ -128,7 +128,7 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
             same_tokens=False,
             other_perplexity=perplexity_of(loaded, own).value(),
         )
-    perplexity, divergence = hold_against(loaded, first.sequences, first.spill, heard)
+    perplexity, divergence = compare_with_spill(loaded, first.sequences, first.spill, heard)
     logits = divergence.result()
     verdict, reason = judge_logits(logits, weights)
     return replace(

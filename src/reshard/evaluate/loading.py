@@ -1,7 +1,7 @@
 """Loading a model: the class that its own config names, its tokenizer, its processor.
 
 transformers loads a folder whose names or shapes do not fit with no more than a warning, and
-fills the gaps with random numbers. What it says about that is kept here, in `Loaded.gaps`.
+fills the gaps with random numbers. `Loaded.gaps` keeps what it reports.
 """
 
 from __future__ import annotations

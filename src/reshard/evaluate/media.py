@@ -15,7 +15,7 @@ Samples = npt.NDArray[np.float32]
 
 
 def load_image(path: Path) -> Any:
-    """An image file as a PIL image in RGB; raises `FormatError` if it is none."""
+    """An image file as a PIL image in RGB; raises `FormatError` for any other file."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -28,7 +28,7 @@ class Options:
     """One run of `reshard try`; the fields are the options of the command line.
 
     `dtype` is one of `DTYPES`. `prompts` may be empty: then the first of the shipped prompts are
-    used. `images` and `audio` go along with every prompt.
+    used. `images` and `audio` are sent with every prompt.
     """
 
     model: Path

@@ -11,9 +11,9 @@ from reshard.errors import ReshardError, WriteError, brief
 from reshard.storage import strict_json
 from reshard.storage.paths import is_file, real
 
-#: In the head of every page that `reshard try` writes; a page is known by it.
+#: In the head of every page that `reshard try` writes, which identifies the page.
 PAGE_MARK = '<meta name="generator" content="reshard try">'
-# Bytes of the largest report that is looked at.
+# Bytes of the largest report that is read.
 _MAX_REPORT = 64 << 20
 _MARKS = {"schema_version", "status", "model_path", "failures"}
 
@@ -58,7 +58,7 @@ def _is_free(path: Path, model: Path) -> bool:
 
 
 def replacing(path: Path) -> str:
-    """What is said of a report that goes; empty where there is none."""
+    """The message about a report that will be replaced; empty if there is none."""
     earlier = earlier_report(path)
     if earlier is None:
         return ""

@@ -11,7 +11,7 @@ from reshard.evaluate.report import Answer, Score
 @dataclass(frozen=True, slots=True)
 class Event:
     """A step of a stage. `total` is None where it is not known; `result` is a prompt's outcome,
-    told once, as soon as it is there. `text` is what was added to the answer to `prompt`."""
+    sent once, as soon as it is known. `text` is the new part of the answer to `prompt`."""
 
     stage: str
     done: int = 0

@@ -207,7 +207,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class TryReport:
-    """One run; filled in while it goes, so that a failed run still leaves what was done."""
+    """One run; filled in as it proceeds, so that a failed run keeps its earlier results."""
 
     status: Annotated[
         Literal["passed", "failed", "interrupted"],

@@ -11,10 +11,9 @@
                                 probing_layer, scale_for_train, hidden_size (H)
 
 Source: LightRFT at commit 49e62cb, lightrft/models/srm_vl.py, srm_al.py and utils.py. Three points
-that change scores if they are done otherwise: RMSNorm has PyTorch's default epsilon (that of
-float32 for float32 and 16-bit inputs, torch 2.13); `probing_layer` -1 means
-`hidden_states[num_hidden_layers - 1]`, the input of the last layer; position ids count the
-attention mask and are passed to the backbone.
+change the scores if they differ: RMSNorm has PyTorch's default epsilon (that of float32 for float32
+and 16-bit inputs, torch 2.13); `probing_layer` -1 means `hidden_states[num_hidden_layers - 1]`, the
+input of the last layer; position ids count the attention mask and are passed to the backbone.
 """
 
 from __future__ import annotations
@@ -160,8 +159,8 @@ def pool_last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def load_reward(folder: Path, backbone: Any) -> ScalarReward:
     """Put the heads of an export on its backbone, in the dtype that they are stored in.
 
-    Raises `FormatError` (a config that cannot be), `IncompleteError` (no head file) and
-    `NamesError` (heads that are not those of the config, with both lists).
+    Raises `FormatError` (an impossible config), `IncompleteError` (no head file) and
+    `NamesError` (heads other than the config's, with both lists).
     """
     config = parse_reward_config(folder / REWARD_CONFIG)
     _check_backbone(folder, backbone, config)

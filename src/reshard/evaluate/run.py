@@ -69,7 +69,7 @@ def run(options: Options, listen: Listener = silent) -> TryReport:
 
 
 class _Trial:
-    """The run's state: the report as far as it goes, and the model while it is loaded."""
+    """The run's state: the report so far, and the model while it is loaded."""
 
     def __init__(self, options: Options, listen: Listener) -> None:
         self.options = options
@@ -251,7 +251,7 @@ class _Trial:
             )
 
     def _compare(self, other: Path, encoder: Encoder, media: Media) -> None:
-        """Compare with `other`. The model is let go of first, as both may not fit together."""
+        """Compare with `other`. The first model is released before: both may not fit."""
         name = "compare"
         with self._stage(name), tempfile.TemporaryDirectory() as spill:
             if self.loaded is None:
@@ -268,7 +268,7 @@ class _Trial:
 
 
 def _release() -> None:
-    """Give back the memory of a model that nothing refers to any more."""
+    """Free the memory of a model that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ class Stage:
     """Records what is raised inside it as a `Failure`.
 
     A model's class, its remote code, a template in its tokenizer and the device may raise
-    anything; here that is the very thing to report, so every `Exception` is taken. Interrupts
+    anything, and a run must report it, so every `Exception` is recorded. Interrupts
     pass through.
     """
 

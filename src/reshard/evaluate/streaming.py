@@ -19,7 +19,7 @@ class Spoken:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Of the tokens, those from `start` to `told` are context whose text was told.
+        # The tokens from `start` to `told` are context: their text was passed on before.
         self._start = self._told = 0
 
     def add(self, new: Sequence[int]) -> str:
@@ -33,7 +33,7 @@ class Spoken:
         return now[len(before) :]
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """The text that is still pending, at the end."""
         before = self._decode(self._ids[self._start : self._told])
         return self._decode(self._ids[self._start :])[len(before) :]
 

@@ -36,7 +36,7 @@ class Terminal:
         )
         self._stage = "start"
         self._task = self._progress.add_task(self._stage, total=None)
-        # What was shown of the answer that is being written.
+        # The shown part of the answer that is being written.
         self._written: str | None = None
 
     def __enter__(self) -> Terminal:
@@ -60,7 +60,7 @@ class Terminal:
             self._end(event.result)
 
     def _write(self, prompt: str, text: str) -> None:
-        """Show what was added to an answer; the bar shares the screen, so it goes meanwhile."""
+        """Show the new part of an answer; the bar is hidden meanwhile, as both share the screen."""
         if self._written is None:
             self._progress.stop()
             click.echo(_asked(prompt))
@@ -69,7 +69,7 @@ class Terminal:
         click.echo(harmless(text), nl=False)
 
     def _end(self, result: Answer | Score) -> None:
-        """Show a result, or what is left of it."""
+        """Show a result, or the rest of it."""
         written, self._written = self._written, None
         self._progress.stop()
         whole = result.text if isinstance(result, Answer) else None
@@ -114,7 +114,7 @@ def harmless(text: str) -> str:
 
 
 def summary(report: TryReport) -> Iterator[str]:
-    """The report in lines for a terminal, answers left out."""
+    """The report in lines for a terminal, without the answers."""
     yield from (f"note: {note}" for note in report.notes)
     if report.model is not None:
         model = report.model

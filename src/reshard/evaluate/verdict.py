@@ -7,7 +7,7 @@ Measured on SmolLM2-135M, logits on the shipped text against float32 (relative d
     weights rounded to 8 bits a row           0.0421    0.0057
     20 steps of AdamW at 1e-6 on one sentence 0.0047    0.0001
 
-So the logits find what is further off than 16-bit rounding, but a short training hides below it:
+So logits show a difference larger than 16-bit rounding, but a short training makes a smaller one:
 there only the weights distinguish the two, and they are compared first.
 """
 

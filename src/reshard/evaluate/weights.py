@@ -69,7 +69,7 @@ def relate(here: Entry, there: Entry, sources: Sources) -> Relation:
     reader = Readers(sources).own()
 
     def pairs() -> Iterator[tuple[Array, Array]]:
-        # Each as it is stored.
+        # Each value as it is stored.
         sides = (
             blocks(entry, reader, entry.spec.dtype, limit=BLOCK_NUMEL * entry.spec.dtype.itemsize)
             for entry in (here, there)
