@@ -14,7 +14,7 @@ import pytest
 from reshard.core.findings import CODES, Finding
 from reshard.errors import WriteError
 from reshard.evaluate.report import Failure, Model, Score, TryReport
-from reshard.evaluate.schema import report_schema
+from reshard.evaluate.schema import report_schema, tables
 from reshard.evaluate.verdict import THRESHOLDS
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
@@ -38,6 +38,10 @@ def validate(report: dict[str, Any]) -> None:
 
 def test_the_shipped_schema_is_that_of_the_types() -> None:
     assert shipped() == report_schema()
+
+
+def test_the_tables_of_the_page_are_those_of_the_types() -> None:
+    assert tables().strip() in DOCS
 
 
 def test_a_full_report_keeps_the_schema(models: Models, tmp_path: Path) -> None:
