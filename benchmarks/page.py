@@ -61,8 +61,8 @@ def publish(results: Results) -> list[Path]:
 def page(results: Results) -> str:
     """docs/performance.md."""
     parts = [
-        "<!-- Made by `make bench` from benchmarks/results.json; notes: benchmarks/notes.md. -->\n",
         "# Performance\n",
+        "<!-- Made by `make bench` from benchmarks/results.json; notes: benchmarks/notes.md. -->\n",
         _setting(results),
         "## At a glance\n",
         _glance(results),

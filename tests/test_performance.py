@@ -52,6 +52,7 @@ def results() -> Results:
 class TestPage:
     def test_medians_ratios_and_slopes(self) -> None:
         text = page.page(results())
+        assert text.startswith("# Performance\n")  # as every page of `reshard help`
         assert (
             "| ZeRO-2 to Hugging Face | 1 | 1.80 s | 2.00 s | 0.90 | 50 MiB "
             "| `ds_to_universal` 20.0 s, 50 MiB |" in text
