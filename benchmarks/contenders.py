@@ -80,6 +80,15 @@ DIRECTIONS: tuple[Direction, ...] = (
         False,
     ),
     Direction(
+        "zero2-state-dcp",
+        "ZeRO-2 with its optimizer to DCP",
+        "zero2_state",
+        ("--to", "dcp", "--optimizer"),
+        0.25,
+        7,
+        False,
+    ),
+    Direction(
         "fsdp2-universal",
         "FSDP2 (DCP) with its optimizer to universal",
         "dcp_state",
