@@ -242,7 +242,7 @@ def _free_memory() -> int:
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     return {
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.release().partition('-')[0]}",
         "processor": _processor(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
