@@ -41,7 +41,6 @@ ALLOWED = {
     "reshard.transfer.resuming": "makes a run's own folder",
     "reshard.transfer.system": "calls that pathlib does not have, on the output",
     "reshard.cli.topics": "reads reshard's own pages",
-    "reshard.transfer.targets": "looks at the output while a signal waits, and raises nothing",
     "reshard.transfer.cluster.keeper": "removes the folder of a cluster, and reads /proc",
     "reshard.evaluate.memory": "reads /proc",
     "reshard.transfer.memory": "reads /proc",

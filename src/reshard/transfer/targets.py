@@ -5,8 +5,6 @@ Only this module, and what it leads to, knows which of the two an output is.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from reshard.core.locations import MANIFEST, RemotePath
-from reshard.errors import ReshardError, WriteError
+from reshard.errors import NotFoundError, ReshardError, WriteError
+from reshard.storage.places import Local
 
 if TYPE_CHECKING:  # a command is to start fast, and to say what stands while a signal waits
     from reshard.storage.fingerprints import Fingerprint
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # a command is to start fast, and to say what stands while a 
 
 #: Of a store or a disk that does not answer.
 UNKNOWN = (-1, -1)
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Order(Struct, frozen=True):
@@ -44,7 +42,7 @@ class Target(Protocol):
         """The output, to be entered and written."""
 
     def lacking_space(self, nbytes: int) -> WriteError | None:
-        """The error that there is no room for `nbytes` bytes; None where there is."""
+        """The error that the disk lacks room for `nbytes` bytes; None if they fit."""
 
     def is_unfinished(self, *, overwrite: bool) -> bool:
         """Whether a run left something under the output's name that this run goes on from.
@@ -65,7 +63,7 @@ def target_at(path: Path) -> Target:
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise `WriteError` where there is no room for an output of `nbytes` bytes."""
+    """Raise `WriteError` if an output of `nbytes` bytes does not fit."""
     if (lacking := target_at(path).lacking_space(nbytes)) is not None:
         raise lacking
 
@@ -96,11 +94,10 @@ class LocalTarget(Struct, frozen=True):
 
     def identity(self) -> tuple[int, int] | None:
         try:
-            # A loop of links is an error here, on any Python.
-            status = os.stat(self.path)  # noqa: PTH116
-        except OSError as error:
-            return None if error.errno in _ABSENT else UNKNOWN
-        return status.st_dev, status.st_ino
+            there = Local(self.path).status()
+        except NotFoundError:
+            return UNKNOWN
+        return None if there is None else (there.st_dev, there.st_ino)
 
     def can_be_continued(self) -> bool:
         from reshard.transfer import leftovers
