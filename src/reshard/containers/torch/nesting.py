@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -103,21 +103,20 @@ def _too_deep(path: str) -> UnsupportedError:
     return UnsupportedError(f"its pickle nests deeper than {MAX_DEPTH} levels.", path=path)
 
 
-def _containers_in(value: object) -> list[Sized]:
+def _items_in(value: object) -> Iterable[Any]:
+    """What a dict, list or tuple holds, without the keys of a dict."""
     if type(value) is dict:
-        return [item for item in value.values() if type(item) in (dict, list, tuple)]
-    if type(value) is list or type(value) is tuple:
-        return [item for item in value if type(item) in (dict, list, tuple)]
-    return []
+        return value.values()
+    return value if type(value) is list or type(value) is tuple else ()
+
+
+def _containers_in(value: object) -> list[Any]:
+    return [item for item in _items_in(value) if type(item) in (dict, list, tuple)]
 
 
 def _holds_containers(value: object) -> bool:
     """Whether `_containers_in` gives any."""
-    if type(value) is dict:
-        return any(type(item) in (dict, list, tuple) for item in value.values())
-    if type(value) is list or type(value) is tuple:
-        return any(type(item) in (dict, list, tuple) for item in value)
-    return False
+    return any(type(item) in (dict, list, tuple) for item in _items_in(value))
 
 
 def _items_of(value: object) -> list[object]:
