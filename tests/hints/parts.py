@@ -114,20 +114,23 @@ def two_adapters(at: Path) -> Case:
     return with_options(run, at, common, {**common, "adapter": "other"})
 
 
-@follows("To write the whole model, pass --lora merge; to leave them out, --allow {}.")
-def trained_beside_adapters(at: Path) -> Case:
+def _norm_trained(at: Path) -> Path:
+    """A run that trained a norm beside its adapters."""
     tensors = tiny.tuned()
     tensors["base_model.model.model.norm.weight"] += 1
-    run = tiny.saved(at / "run" / "x.pt", tensors)
+    return tiny.saved(at / "run" / "x.pt", tensors)
+
+
+@follows("To write the whole model, pass --lora merge; to leave them out, --allow {}.")
+def trained_beside_adapters(at: Path) -> Case:
+    run = _norm_trained(at)
     common: dict[str, Any] = {"base": tiny.model(at / "base"), "lora_alpha": 4}
     return with_options(run, at, {**common, "lora": "adapter"}, {**common, "lora": "merge"})
 
 
 @follows("To write the whole model, pass --lora merge; to leave them out, --allow {}.")
 def trained_beside_adapters_left_out(at: Path) -> Case:
-    tensors = tiny.tuned()
-    tensors["base_model.model.model.norm.weight"] += 1
-    run = tiny.saved(at / "run" / "x.pt", tensors)
+    run = _norm_trained(at)
     common = {"base": tiny.model(at / "base"), "lora_alpha": 4, "lora": "adapter"}
     allowing = {**common, "allow": ["model.norm.weight"]}
     return with_options(run, at, common, allowing)
@@ -135,9 +138,7 @@ def trained_beside_adapters_left_out(at: Path) -> Case:
 
 @follows("To write the whole model, pass --lora merge.")
 def adapters_alone(at: Path) -> Case:
-    tensors = tiny.tuned()
-    tensors["base_model.model.model.norm.weight"] += 1
-    run = tiny.saved(at / "run" / "x.pt", tensors)
+    run = _norm_trained(at)
     common: dict[str, Any] = {"base": tiny.model(at / "base"), "lora_alpha": 4}
     alone = {**common, "lora": "adapter", "allow": ["model.norm.weight"]}
     return with_options(run, at, alone, {**common, "lora": "merge"})
