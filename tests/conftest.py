@@ -16,7 +16,7 @@ from tests.oracles import MISSING, lacking
 if TYPE_CHECKING:  # it imports torch
     from tests.oracle.cache import Oracle
 
-# A busy machine is no reason for a failure: hypothesis allows an example 0.2 s by default.
+# hypothesis fails an example that takes more than 0.2 s by default; on a busy machine some do.
 settings.register_profile("without a deadline", deadline=None)
 settings.load_profile("without a deadline")
 

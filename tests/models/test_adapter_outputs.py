@@ -59,7 +59,7 @@ def test_what_was_trained_beside_an_adapter_is_not_left_out_in_silence(
 def test_an_adapter_beside_the_merged_model_says_what_it_lacks(
     source: str, bias: str, make: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """PEFT's `bias` trains biases outside of the adapter; a bias alone is no module saved whole."""
+    """PEFT's `bias` trains biases outside the adapter; a bias alone is not a saved module."""
     targets = ["c_attn"] if make is gpt2 else ["q_proj"]
     run = Run(tmp_path, make, bias=bias, target_modules=targets)
     both = {"lora": "both", "fill_from_base": True}

@@ -56,7 +56,7 @@ class _Stated(Struct, gc=False):
 
 
 class _Metadata(Struct, rename={"metadata": "__metadata__"}):
-    """The part of a header that is no tensor."""
+    """The part of a header that is not a tensor."""
 
     metadata: msgspec.Raw
 

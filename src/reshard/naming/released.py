@@ -1,7 +1,7 @@
 """The layout of released models: whether files have it, and their tensors in it.
 
-A save of transformers 5 has, of some families, names or an orientation that no release has: engines
-expect those of the release.
+transformers 5 saves some families with names or an orientation that differ from their releases.
+Engines expect those of the release.
 """
 
 from __future__ import annotations

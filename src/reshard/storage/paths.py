@@ -1,7 +1,7 @@
 """What lies under a path: all other rooms ask the system through these functions.
 
-A missing file is an answer. Where the system does not say what is there (no permission, a disk that
-fails, a name that no file can have), a `NotFoundError` says so in words.
+A missing file is an answer. If the system cannot say what is there (missing permission, a failing
+disk, an impossible name), these functions raise a `NotFoundError` with the reason.
 """
 
 from __future__ import annotations

@@ -378,7 +378,7 @@ class OutputFolder:
 
 
 def lacking_space(target: Path, nbytes: int) -> WriteError | None:
-    """The error that there is no room for `nbytes` bytes; None where there is."""
+    """The error that the disk lacks room for `nbytes` bytes; None if they fit."""
     folder = real(target).parent
     while not exists(folder):
         folder = folder.parent

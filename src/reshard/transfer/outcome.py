@@ -48,7 +48,7 @@ class Digests(Mapping[tuple[str, str], str]):
         self._tables: dict[str, dict[str, bytes | dict[int, bytes]]] = {}
 
     def begin(self, table: str, name: str) -> None:
-        """That the leaves of a tensor will come."""
+        """Note that the leaves of a tensor will follow."""
         self._tables.setdefault(table, {})[name] = b""
 
     def put(self, table: str, name: str, leaf: int, digest: bytes) -> None:
