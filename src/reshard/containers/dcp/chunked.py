@@ -7,6 +7,7 @@ from pathlib import Path
 
 from reshard.containers import copies
 from reshard.containers.dcp import sharing
+from reshard.containers.dcp.columns import places
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
@@ -146,11 +147,6 @@ def scalar(entry: Entry) -> TensorRef:
 
 def world_size(metadata: Metadata) -> int | None:
     """One more than the highest rank that wrote a file that is in use."""
-    files = {
-        copy.file
-        for tensor in metadata.tensors.values()
-        for chunk in tensor.chunks
-        for copy in chunk.copies
-    }
+    files = {place.file for _, place in places(metadata)}
     ranks = [int(match[1]) for file in files if (match := _RANK_DATA.fullmatch(file))]
     return max(ranks) + 1 if ranks else None

@@ -21,8 +21,9 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.memo import LEFT_OUT, RecalledError
 from reshard.containers.torch.nesting import HOLDING
-from reshard.containers.torch.repeats import LEFT_OUT, OPENING, RecalledError
+from reshard.containers.torch.repeats import OPENING
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
@@ -332,6 +333,8 @@ def _setitem(m: Machine, pos: int) -> int:
 @_opcode("u")
 def _setitems(m: Machine, pos: int) -> int:
     pairs = m.pop_mark()
+    if m.compactor is not None:
+        pairs = m.compacted(m.stack[-1], pairs)
     m.set_items(m.stack[-1], pairs)
     return pos
 
@@ -352,9 +355,11 @@ def _get(m: Machine, index: int) -> None:
 
 def _put(m: Machine, index: int) -> None:
     if index == len(m.memo):
-        m.memo.append(m.stack[-1])
+        m.memo.recent.append(m.stack[-1])
+    elif index < m.memo.start:
+        raise RecalledError
     elif index < len(m.memo):
-        m.memo[index] = m.stack[-1]
+        m.memo.recent[index - m.memo.start] = m.stack[-1]
         if m.repeats is not None:
             m.repeats.forget()
     else:
@@ -387,7 +392,7 @@ def _long_binput(m: Machine, pos: int) -> int:
 
 @_opcode("\x94")
 def _memoize(m: Machine, pos: int) -> int:
-    m.memo.append(m.stack[-1])
+    m.memo.recent.append(m.stack[-1])
     return pos
 
 

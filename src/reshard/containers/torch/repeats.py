@@ -13,7 +13,7 @@ records of one class are spelt alike, but for their numbers and for which string
 ones by it: 3 us a record, which opcode by opcode takes 7. What it builds is what the opcodes would
 build, but for the class: `Instance`, which takes a third of the memory of an `Opaque`. Of what the
 opcodes would put into the memo, intermediate values are left out; a pickle that recalls such a one
-(`RecalledError`) is read again opcode by opcode.
+(`RecalledError`) is read again opcode by opcode (`memo.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
 from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
+from reshard.containers.torch.memo import LEFT_OUT
 from reshard.containers.torch.records import Global, Instance
 from reshard.core.regex import regex
 
@@ -52,16 +52,9 @@ _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
 _MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
 # Records of a run between two looks at the budgets.
 _MAX_RUN = 4096
-# Numbers and sizes that are kept to be used again.
-_MAX_KNOWN = 1 << 17
+# Sizes that are kept to be used again; numbers and records, which take more each.
+_MAX_KNOWN, _MAX_SPELT = 1 << 17, 1 << 14
 _U32 = struct.Struct("<I").unpack_from
-#: Stands in the memo for a value that was not made.
-LEFT_OUT = object()
-
-
-class RecalledError(Exception):
-    """The pickle recalls a value that was left out."""
-
 
 _IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
 
@@ -97,7 +90,6 @@ class Repeats:
         self._failed: Counter[Global] = Counter()
         self._ints: dict[bytes, int] = {}
         self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._texts: dict[bytes, str] = {}
         self._classes: dict[bytes, object] = {}
 
     def forget(self) -> None:
@@ -121,7 +113,7 @@ class Repeats:
         if made is None:
             return pos
         m.stack[-1] = made
-        m.memo.extend(memo)
+        m.memo.recent += memo
         m.made_nbytes += CALL_NBYTES + TUPLE_NBYTES
         return self._run(m, first, match.end())
 
@@ -152,7 +144,7 @@ class Repeats:
             if len(records) < len(cycle) or None in records:
                 break
             m.stack.extend(records)
-            m.memo.extend(memo)
+            m.memo.recent += memo
             count += len(records)
             pos = match.end()
         m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
@@ -223,7 +215,7 @@ class Repeats:
                 values.append(self._int(group) if known is None else known)
             elif kind == _IS_TEXT:
                 group = groups[first]
-                value = self._text(group) if group[0] == 0x8C else _recalled(m, group)
+                value = _text(group) if group[0] == 0x8C else _recalled(m, group)
                 if type(value) is not str:
                     return None
                 if group[0] == 0x8C:
@@ -233,7 +225,7 @@ class Repeats:
                 values.append(constant)
         made = Instance(one.cls.name, one.keys, tuple(values))
         memo[place] = made
-        if one.made is not None and len(one.made) < _MAX_KNOWN:
+        if one.made is not None and len(one.made) < _MAX_SPELT:
             one.made[groups] = made, memo[place:]
         return made
 
@@ -243,19 +235,19 @@ class Repeats:
         number = int.from_bytes(
             raw[2:] if code == 0x8A else raw[1:], "little", signed=code in (0x4A, 0x8A)
         )
-        if len(self._ints) < _MAX_KNOWN:
+        if len(self._ints) < _MAX_SPELT:
             self._ints[raw] = number
         return number
 
-    def _text(self, raw: bytes) -> str | None:
-        """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
-        known = self._texts.get(raw)
-        if known is None and len(raw) == raw[1] + 3:
-            with suppress(UnicodeDecodeError):  # the opcode may still know what to make of it
-                known = raw[2:-1].decode()
-                if len(self._texts) < _MAX_KNOWN:
-                    self._texts[raw] = known
-        return known
+
+def _text(raw: bytes) -> str | None:
+    """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
+    if len(raw) != raw[1] + 3:
+        return None
+    try:
+        return raw[2:-1].decode()
+    except UnicodeDecodeError:
+        return None  # the opcode may still know what to make of it
 
 
 def _get_at(data: bytes, pos: int) -> bytes:

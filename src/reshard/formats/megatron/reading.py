@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reshard.containers.dcp.chunked import find_tensors, world_size
-from reshard.containers.dcp.metadata import Metadata, opened, unpickled
+from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.parsing import opened, unpickled
 from reshard.containers.torch import check_size
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
