@@ -36,6 +36,38 @@ class Layout(Struct, frozen=True, eq=False):
     cut: Cut
 
 
+class Layouts:
+    """Makes each layout once. `spots` are the numbers of chunks' offsets, from 0 on that of an item
+    that is not a tensor."""
+
+    def __init__(self) -> None:
+        self.spots: dict[Shape | None, int] = {None: 0}
+        self._cuts: dict[tuple[tuple[Shape, ...], ...], Cut] = {}
+        self._made: dict[tuple[str, Shape, Cut], Layout] = {}
+
+    def spot(self, offsets: Shape | None) -> int:
+        """The number of a chunk's offsets."""
+        return self.spots.setdefault(offsets, len(self.spots))
+
+    def cut(
+        self, offsets: tuple[Shape, ...], sizes: tuple[Shape, ...], empty: tuple[Shape, ...] = ()
+    ) -> Cut:
+        """The way to cut a tensor into these chunks, and those at `empty`."""
+        known = self._cuts.get((offsets, sizes, empty))
+        if known is None:
+            spots = tuple(map(self.spot, offsets))
+            known = Cut(offsets, sizes, spots, tuple(map(self.spot, empty)))
+            self._cuts[offsets, sizes, empty] = known
+        return known
+
+    def layout(self, dtype: str, shape: Shape, cut: Cut) -> Layout:
+        """What is said of a tensor."""
+        known = self._made.get((dtype, shape, cut))
+        if known is None:
+            known = self._made[dtype, shape, cut] = Layout(dtype, shape, cut)
+        return known
+
+
 class Numbers:
     """Values and their numbers, counted from 0."""
 

@@ -14,6 +14,7 @@ from reshard.containers import torch as torchfile
 from reshard.containers.dcp.columns import (
     Cut,
     Layout,
+    Layouts,
     Numbers,
     Paths,
     Places,
@@ -32,8 +33,6 @@ from reshard.storage.source import Source
 
 # Steps of a path in the state dict: nested dicts have about five.
 MAX_STEPS = 128
-# Where an item lies that is not a tensor: its index has no offset.
-_WHOLE = None
 # In a table: an item that is not a tensor; a path that is the key itself.
 _OBJECT, _ITSELF = object(), object()
 _OBJECT_KIND = "BytesStorageMetadata"
@@ -112,10 +111,8 @@ class Parser:
         self._count = 0
         self._keys = Numbers()
         self._places = Places()
-        self._spots: dict[Shape | None, int] = {_WHOLE: 0}
+        self._made = Layouts()
         self._table: dict[object, object] | None = None
-        self._layouts: dict[tuple[str, Shape, Cut], Layout] = {}
-        self._cuts: dict[tuple[tuple[Shape, ...], ...], Cut] = {}
         self._lists: dict[tuple[object, ...], Cut] = {}
 
     # While the pickle is read.
@@ -171,7 +168,7 @@ class Parser:
         columns = self._fields.items(indices, places)
         if columns is not None:
             keys, offsets, *where = columns
-            spots = map(self._spot, offsets)
+            spots = map(self._made.spot, offsets)
             self._places.extend(map(self._keys.of, keys), spots, *where)
             return []
         left: list[object] = []
@@ -185,10 +182,7 @@ class Parser:
     def _note(self, index: object, place: object) -> None:
         key, offsets = self._fields.index(index)
         location = self._fields.location(place, key)
-        self._places.add(self._keys.of(key), self._spot(offsets), location)
-
-    def _spot(self, offsets: Shape | None) -> int:
-        return self._spots.setdefault(offsets, len(self._spots))
+        self._places.add(self._keys.of(key), self._made.spot(offsets), location)
 
     def _described(self, key: str, raw: object) -> object:
         """The layout of a tensor, or `_OBJECT`."""
@@ -204,10 +198,7 @@ class Parser:
         cut = self._cut(key, listed)
         shape = self._fields.shape(fields.get("size"), "its size", key)
         dtype = self._fields.dtype(fields.get("properties"), key)
-        known = self._layouts.get((dtype, shape, cut))
-        if known is None:
-            known = self._layouts[dtype, shape, cut] = Layout(dtype, shape, cut)
-        return known
+        return self._made.layout(dtype, shape, cut)
 
     def _cut(self, key: str, listed: list[object]) -> Cut:
         """How a tensor is cut. Equal records of a run are one, and so are lists of them."""
@@ -238,13 +229,7 @@ class Parser:
                 raise self._fields.broken(
                     f"two chunks begin at {offsets}, of sizes {known} and {sizes}", key
                 )
-        said = ((*chunks,), (*chunks.values(),), (*empty,))
-        cut = self._cuts.get(said)
-        if cut is None:
-            offsets, sizes, without = said
-            spots, empties = map(self._spot, offsets), map(self._spot, without)
-            cut = self._cuts[said] = Cut(offsets, sizes, tuple(spots), tuple(empties))
-        return cut
+        return self._made.cut((*chunks,), (*chunks.values(),), (*empty,))
 
     # When all of it is read.
 
@@ -312,7 +297,7 @@ class Parser:
         """The keys and offsets of places that no key has a chunk for, in the order of the file."""
         if not rows:
             return ()
-        offsets = [*self._spots]
+        offsets = [*self._made.spots]
         held = self._places
         return tuple(
             (self._keys.values[held.keys[row]], offsets[held.spots[row]]) for row in sorted(rows)
