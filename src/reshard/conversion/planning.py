@@ -88,7 +88,7 @@ def prepare(
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     catalog, state = training.with_state(catalog, options)
     base = None if options.base is None else read_base(options.base, sources)
-    if base is not None:
+    if base is not None and base.records:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=memory_names.chosen(options, catalog, base))
     catalog, numbers = as_numbers(catalog, base, options, sources)

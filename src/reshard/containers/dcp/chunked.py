@@ -13,6 +13,7 @@ from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
+from reshard.core.records import Records
 from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven, stored_whole
@@ -31,7 +32,7 @@ def find_tensors(
     sources: Sources,
     *,
     located: bool = True,
-) -> tuple[dict[str, Entry], tuple[Record, ...]]:
+) -> tuple[dict[str, Entry], Records]:
     """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
     bytes. A tensor goes by its first name; the others are its aliases.
 
@@ -43,15 +44,16 @@ def find_tensors(
     """
     finder = _Finder(folder, sources, located=located)
     entries: dict[str, Entry] = {}
-    records: dict[str, list[Record]] = {}
+    records, owners = Records(), list[str]()
     for key, (name, *others) in named.items():
         entry, found = finder.entry(key, name, metadata.tensors[key])
-        if found:
-            records[name] = found
+        for record in found:
+            records.add(record)
+            owners.append(name)
         entries[name] = entry.aliased(tuple(others)) if others else entry
     sharing.check(metadata, folder, sources)
-    copies.check(records, sources)
-    return entries, tuple(record for found in records.values() for record in found)
+    copies.check_each(zip(owners, records, strict=True), sources)
+    return entries, records
 
 
 class _Finder:

@@ -36,6 +36,8 @@ def read_chunks(
     # Names of one stored tensor in a stream are tied, whatever they are.
     renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, in_objects, folder))
+    for record in in_objects.records:
+        records.add(record)
     taken = sum(key in part.names for key in {*metadata.tensors, *inside})
     return Catalog(
         format="dcp",
@@ -53,7 +55,7 @@ def read_chunks(
             },
         ),
         entries=entries,
-        records=(*records, *in_objects.records),
+        records=records,
         findings=tuple(_findings(part, in_objects)),
         renamed=renamed,
         optimizer=state.reader(folder, metadata, part, entries, sources),
