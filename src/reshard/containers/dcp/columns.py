@@ -85,6 +85,12 @@ class Numbers:
             self.values.append(value)
         return number
 
+    def of_all(self, values: Iterable[str]) -> Iterator[int]:
+        """The numbers of values, of which many are the same object."""
+        held = [*values]
+        numbers = {key: self.of(value) for key, value in zip(map(id, held), held, strict=True)}
+        return map(numbers.__getitem__, map(id, held))
+
     def known(self, value: str) -> int | None:
         """The number of a value; None where it was not met."""
         return self._numbers.get(value)
@@ -123,7 +129,7 @@ class Places:
         """Append rows of items that went through no transform."""
         self.keys.extend(keys)
         self.spots.extend(spots)
-        self._file.extend(map(self.files.of, files))
+        self._file.extend(self.files.of_all(files))
         self._offset.extend(offsets)
         self._nbytes.extend(nbytes)
 

@@ -26,7 +26,7 @@ from reshard.containers.torch import Instance, Opaque
 from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.containers.torch.machine import paused_gc
 from reshard.containers.torch.nesting import check_count
-from reshard.core.tensors import Shape
+from reshard.core.tensors import MAX_NAME, Shape
 from reshard.errors import FormatError, IncompleteError, brief
 from reshard.storage.local import Sources
 from reshard.storage.source import Source
@@ -169,7 +169,7 @@ class Parser:
         if columns is not None:
             keys, offsets, *where = columns
             spots = map(self._made.spot, offsets)
-            self._places.extend(map(self._keys.of, keys), spots, *where)
+            self._places.extend(self._keys.of_all(keys), spots, *where)
             return []
         left: list[object] = []
         for index, place in zip(indices, places, strict=True):
@@ -357,4 +357,4 @@ def _is_itself(key: object, path: object) -> bool:
     """Whether a path is that of a key at the top of the state dict."""
     if type(path) is not tuple or len(path) != 1 or type(path[0]) is not str:
         return False
-    return path[0] == key
+    return len(path[0]) <= MAX_NAME and path[0] == key

@@ -71,6 +71,7 @@ class Machine:
     """
 
     __slots__ = (
+        "begun",
         "compactor",
         "data",
         "devices",
@@ -86,6 +87,7 @@ class Machine:
         "probes",
         "recalled",
         "repeats",
+        "since",
         "stack",
         "unknown",
     )
@@ -111,6 +113,9 @@ class Machine:
         self.devices: dict[int, bytes] | None = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
+        # The number of the next value in the memo, at each mark and at the last one popped.
+        self.begun: list[int] = []
+        self.since: int = 0
         self.memo: Memo = Memo()
         self.names: dict[tuple[str, str], object] = {}
         # By id of the dict: how many of its keys are neither text nor small.
@@ -185,6 +190,7 @@ class Machine:
         """The values above the last mark; the stack is again what it was below."""
         values = self.stack
         self.stack = self.marks.pop()
+        self.since = self.begun.pop()
         return values
 
     def take(self, start: int, nbytes: int) -> bytes:
@@ -264,7 +270,7 @@ class Machine:
         if not self.compactor.takes(flat[-2], flat[-1]):
             return flat
         left = self.compactor.items(obj, flat)
-        self.memo.forget(self.compactor)
+        self.memo.forget(self.compactor, self.since)
         self.recalled = {
             key: value
             for key, value in self.recalled.items()

@@ -14,13 +14,14 @@ from typing import Protocol
 
 from reshard.containers.torch.records import Global, Opaque, Shared
 from reshard.core.dtypes import DType
+from reshard.core.tensors import MAX_DIMS
 
 #: Stands for a value that is not kept.
 LEFT_OUT = object()
-# Arguments, or items of a state, of a record that may be shared.
-_MAX_SHARED = 8
+# Arguments, or items of a state, of a record that may be shared, and characters of a text in it.
+_MAX_SHARED, _MAX_TEXT = 8, 256
 _PLAIN = frozenset({str, int, bool, float, type(None), DType, Global, Shared})
-_NAMES = frozenset({DType, Global, Shared})
+_KEPT = frozenset({str, tuple, DType, Global, Opaque, Shared})
 _INT = frozenset({int})
 
 
@@ -66,10 +67,19 @@ class Memo:
         found = at < len(self._numbers) and self._numbers[at] == number
         return self._values[at] if found else LEFT_OUT
 
-    def forget(self, compactor: Compactor) -> None:
-        """Keep of all values only texts, names, sizes and records that many things share."""
+    def forget(self, compactor: Compactor, since: int) -> None:
+        """Keep of all values only texts, names, sizes and records that many things share.
+
+        Of the records, those from number `since` on: others may still be set.
+        """
+        # By id, because to find the equal of a long text takes as long as the text.
+        known: dict[int, object] = {}
         for number, value in enumerate(self.recent, self.start):
-            kept = self._kept(value, compactor)
+            if type(value) not in _KEPT or (type(value) is Opaque and number < since):
+                continue
+            kept = known.get(id(value))
+            if kept is None:
+                kept = known[id(value)] = self._kept(value, compactor)
             if kept is not LEFT_OUT:
                 self._numbers.append(number)
                 self._values.append(kept)
@@ -77,14 +87,11 @@ class Memo:
         self.recent = []
 
     def _kept(self, value: object, compactor: Compactor) -> object:
-        kind = type(value)
         if type(value) is str:
             return compactor.text(value)
-        if type(value) is tuple and is_size(value):
-            return self._sizes.setdefault(value, value)
-        if type(value) is Opaque:
-            return self._shared(value) or LEFT_OUT
-        return value if kind in _NAMES else LEFT_OUT
+        if type(value) is tuple:
+            return self._sizes.setdefault(value, value) if is_size(value) else LEFT_OUT
+        return self._shared(value) or LEFT_OUT if type(value) is Opaque else value
 
     def _shared(self, one: Opaque) -> Shared | None:
         """The record that stands for all equal ones; None of one that holds more than plain values
@@ -94,7 +101,7 @@ class Memo:
         if len(one.args) > _MAX_SHARED or len(one.state or ()) > _MAX_SHARED:
             return None
         state = None if one.state is None else tuple(map(self._shared_call, one.state))
-        if not _PLAIN.issuperset(map(type, (*one.args, *(state or ())))):
+        if not all(map(_is_plain, (*one.args, *(state or ())))):
             return None
         key = (one.name, one.args, state)
         known = self._calls.get(key)
@@ -109,4 +116,8 @@ class Memo:
 
 def is_size(value: tuple[object, ...]) -> bool:
     """Whether a tuple holds only numbers, as a torch.Size does."""
-    return _INT.issuperset(map(type, value))
+    return len(value) <= MAX_DIMS and _INT.issuperset(map(type, value))
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) in _PLAIN and not (isinstance(value, str) and len(value) > _MAX_TEXT)

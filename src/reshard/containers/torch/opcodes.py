@@ -227,6 +227,7 @@ def _mark(m: Machine, pos: int) -> int:
     if len(m.marks) >= MAX_MARKS:
         raise m.refused(f"its pickle nests more than {MAX_MARKS} marks.")
     m.marks.append(m.stack)
+    m.begun.append(len(m.memo))
     m.stack = []
     return pos
 
