@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from benchmarks.giants import Size, make_megatron
 from reshard.containers.dcp.metadata import Metadata
-from reshard.containers.dcp.parsing import Parser, parse, unpickled
+from reshard.containers.dcp.parsing import compared, parse, unpickled
+from reshard.containers.dcp.tables import Tables
 from reshard.containers.torch import read_pickle, read_tables
 from reshard.containers.torch.machine import Machine
-from reshard.errors import ReshardError
+from reshard.errors import ReshardError, UnsupportedError
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (6,), (6, 70_000), (4, 3, 300), (2, 2, 2, 2), (2,) * 5)
 
@@ -64,11 +65,12 @@ def both(data: bytes) -> Iterator[Metadata | str]:
 
 
 def noted(data: bytes) -> int:
-    """How many items' places were noted while the pickle was read."""
-    parser = Parser("p", len(data))
-    found = read_tables(data, parser, path="p")
+    """How many keys were taken out of the tables while the pickle was read."""
+    tables = Tables("p", len(data))
+    found = read_tables(data, tables, path="p")
     assert found is not None
-    return len(parser.metadata(found.value).tensors)
+    assert len(compared(found.value, tables).paths) == len(tables.order)
+    return len(tables.order)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -79,7 +81,7 @@ def test_what_torch_pickles(protocol: int, shared: bool, transforms: tuple[str, 
     fast, slow = both(data)
     assert isinstance(fast, Metadata)
     assert fast == slow
-    assert noted(data) == 40
+    assert noted(data) == 41
 
 
 @pytest.mark.heavy
@@ -135,3 +137,47 @@ def test_a_value_that_was_left_out_is_read_opcode_by_opcode(
         if runs == [True, False]:
             break
     assert runs == [True, False]
+
+
+def test_a_list_of_chunks_that_many_tensors_recall_is_refused() -> None:
+    """In each it counts, although its records are dropped: 900 tensors of 60,000 chunks each."""
+    metadata = save(shared=True, count=1)
+    (one,) = (t for t in metadata.state_dict_metadata.values() if hasattr(t, "chunks"))
+    chunks = [dcp.ChunkStorageMetadata(torch.Size([n]), torch.Size([1])) for n in range(60_000)]
+    for number in range(900):
+        shared = dcp.TensorStorageMetadata(one.properties, torch.Size([60_000]), chunks)
+        metadata.state_dict_metadata[f"w{number}"] = shared
+    for protocol in (2, 4):
+        data = pickle.dumps(metadata, protocol)
+        with pytest.raises(UnsupportedError, match="repeats its parts over and over"):
+            unpickled(data, Path("p"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_records_that_tensors_share(protocol: int) -> None:
+    """Properties, sizes and lists of chunks that are pickled once, and recalled by all tensors."""
+    metadata = save(shared=True, count=3000)
+    tensors = [t for t in metadata.state_dict_metadata.values() if hasattr(t, "chunks")]
+    fast, slow = both(pickle.dumps(metadata, protocol))
+    assert fast == slow
+    for tensor in tensors:
+        tensor.properties = tensors[0].properties
+    data = pickle.dumps(metadata, protocol)
+    fast, slow = both(data)
+    assert isinstance(fast, Metadata)
+    assert fast == slow
+    assert noted(data) == 3001
+    for tensor in tensors[len(SHAPES) :]:
+        tensor.size, tensor.chunks = tensors[0].size, tensors[0].chunks
+    fast, slow = both(pickle.dumps(metadata, protocol))
+    assert isinstance(fast, Metadata)
+    assert fast == slow
+
+
+def test_a_record_that_is_recalled_before_it_is_built() -> None:
+    """The metadata's own record, named again inside one of its tables, is not an empty one."""
+    metadata = save(shared=True)
+    for place in list(metadata.storage_data.values())[:1]:
+        place.transform_descriptors = [metadata]
+    fast, slow = both(pickle.dumps(metadata, 4))
+    assert fast == slow == "FormatError"

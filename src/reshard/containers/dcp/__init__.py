@@ -2,7 +2,8 @@
 
 metadata.py    `.metadata`: what it holds, as types
 records.py     its records, field by field
-parsing.py     its tables, taken apart while they are read, then compared
+tables.py      its tables, taken apart while they are read
+parsing.py     its tables, compared
 columns.py     what is kept of them: numbers, and records for who asks
 merging.py     one table of those that the ranks wrote
 pickling.py    `.metadata`, written without torch

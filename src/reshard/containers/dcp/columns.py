@@ -8,7 +8,7 @@ repeat, so a few `Layout`s describe all tensors, and what is left of a chunk is 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -214,23 +214,33 @@ class StoredTensors(Mapping[str, StoredTensor]):
 
 
 class Paths(Mapping[str, Path]):
-    """Each key's path in the nested state dict, given as None where it is the key itself."""
+    """Each key's path in the nested state dict: one of `others`, or the key itself.
 
-    def __init__(self, paths: Mapping[str, Path | None]) -> None:
-        self._paths = paths
+    `order` are the numbers of the keys.
+    """
+
+    def __init__(self, keys: Numbers, order: Sequence[int], others: Mapping[str, Path]) -> None:
+        self._keys = keys
+        self._order = order
+        self._others = others
+        self._held = bytearray(len(keys))
+        for number in order:
+            self._held[number] = True
 
     def __getitem__(self, key: str) -> Path:
-        path = self._paths[key]
-        return (key,) if path is None else path
+        if key not in self:
+            raise KeyError(key)
+        return self._others.get(key, (key,))
 
     def __contains__(self, key: object) -> bool:
-        return key in self._paths
+        number = self._keys.known(key) if isinstance(key, str) else None
+        return number is not None and number < len(self._held) and bool(self._held[number])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return map(self._keys.values.__getitem__, self._order)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._order)
 
 
 def places(metadata: Metadata) -> Iterator[tuple[str, Location]]:
