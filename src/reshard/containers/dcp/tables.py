@@ -46,6 +46,8 @@ class Tables:
         self._count = 0
         self._taken: dict[str, dict[object, object]] = {}
         self._lists: dict[tuple[object, ...], Cut] = {}
+        # By the ids of lists: of one call of `items`, or of what is left in a table.
+        self._walked: dict[int, Cut] = {}
 
     def takes(self, key: object, value: object) -> bool:
         """Whether an item is one of a table that is taken apart."""
@@ -75,6 +77,7 @@ class Tables:
                     left += (key, value)
                 else:
                     left += () if added else (key, value) * 2
+        self._walked.clear()
         return left
 
     def text(self, text: str) -> str:
@@ -153,6 +156,12 @@ class Tables:
 
     def _cut(self, key: str, listed: list[object]) -> Cut:
         """How a tensor is cut. Equal records of a run are one, and so are lists of them."""
+        cut = self._walked.get(id(listed))
+        if cut is None:
+            cut = self._walked[id(listed)] = self._cut_alike(key, listed)
+        return cut
+
+    def _cut_alike(self, key: str, listed: list[object]) -> Cut:
         alike = None
         if len(listed) <= _MAX_CHUNKS and _INSTANCE.issuperset(map(type, listed)):
             alike = tuple(listed)
