@@ -26,15 +26,16 @@ _MAX_REPEATED = 4096
 
 
 def find_tensors(
-    named: Mapping[str, Sequence[str]],
+    names: Mapping[str, str],
+    others: Mapping[str, Sequence[str]],
     metadata: Metadata,
     folder: Path,
     sources: Sources,
     *,
     located: bool = True,
 ) -> tuple[dict[str, Entry], Records]:
-    """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
-    bytes. A tensor goes by its first name; the others are its aliases.
+    """The tensors of the keys in `names`, by the names that these are mapped to, and the checksums
+    of their bytes. `others` are the aliases of those that have any.
 
     With `located=False` it reads no item: a chunk has its file and size, but not its right offset,
     and there are no checksums.
@@ -45,12 +46,12 @@ def find_tensors(
     finder = _Finder(folder, sources, located=located)
     entries: dict[str, Entry] = {}
     records, owners = Records(), list[str]()
-    for key, (name, *others) in named.items():
+    for key, name in names.items():
         entry, found = finder.entry(key, name, metadata.tensors[key])
         for record in found:
             records.add(record)
             owners.append(name)
-        entries[name] = entry.aliased(tuple(others)) if others else entry
+        entries[name] = entry.aliased(tuple(others[key])) if key in others else entry
     sharing.check(metadata, folder, sources)
     copies.check_each(zip(owners, records, strict=True), sources)
     return entries, records
