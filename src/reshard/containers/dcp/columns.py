@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from reshard.containers.dcp.metadata import Chunk, Location, Metadata, Path, StoredTensor
-from reshard.core.tensors import Shape
+from reshard.core.tensors import MAX_NAME, Shape
 
 
 class Cut(Struct, frozen=True, eq=False):
@@ -88,8 +88,13 @@ class Numbers:
     def of_all(self, values: Iterable[str]) -> Iterator[int]:
         """The numbers of values, of which many are the same object."""
         held = [*values]
-        numbers = {key: self.of(value) for key, value in zip(map(id, held), held, strict=True)}
-        return map(numbers.__getitem__, map(id, held))
+        if max(map(len, held), default=0) > MAX_NAME:  # to find its equal takes as long as the text
+            numbers = {id(value): self.of(value) for value in {id(v): v for v in held}.values()}
+            return map(numbers.__getitem__, map(id, held))
+        for value in held:
+            if value not in self._numbers:
+                self.of(value)
+        return map(self._numbers.__getitem__, held)
 
     def known(self, value: str) -> int | None:
         """The number of a value; None where it was not met."""
@@ -132,6 +137,16 @@ class Places:
         self._file.extend(self.files.of_all(files))
         self._offset.extend(offsets)
         self._nbytes.extend(nbytes)
+
+    def apart(self) -> bool:
+        """Whether each item of a file follows those of the rows before, as writers list them: then
+        no two share a byte."""
+        ends = [0] * len(self.files)
+        for file, offset, nbytes in zip(self._file, self._offset, self._nbytes, strict=True):
+            if offset < ends[file]:
+                return False
+            ends[file] = offset + nbytes
+        return True
 
     def location(self, row: int) -> Location:
         """The place of a row."""
@@ -191,6 +206,10 @@ class StoredTensors(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def apart(self) -> bool:
+        """Whether it is plain that no two items share a byte."""
+        return self._places.apart()
 
     def places(self) -> Iterator[tuple[str, Location]]:
         """Every item, with its key."""

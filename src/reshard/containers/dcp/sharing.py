@@ -12,7 +12,7 @@ from array import array
 from itertools import pairwise
 from pathlib import Path
 
-from reshard.containers.dcp.columns import places
+from reshard.containers.dcp.columns import StoredTensors, places
 from reshard.containers.dcp.items import is_blob
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.errors import FormatError
@@ -33,6 +33,8 @@ def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
             tensor=key,
             hint="The metadata is damaged; copy it again, or use another checkpoint.",
         )
+    if isinstance(metadata.tensors, StoredTensors) and metadata.tensors.apart():
+        return
     files: dict[str, tuple[array[int], array[int], list[str]]] = {}
     transformed: set[tuple[str, int]] = set()
     for key, place in places(metadata):

@@ -126,14 +126,17 @@ class Tables:
         return number
 
     def _stored(self, indices: list[object], places: list[object]) -> list[object]:
-        columns = self.fields.items(indices, places)
+        pairs = [*zip(indices, places, strict=True)]
+        # One in a thousand is not: the pickle's frames cut it in two.
+        alike = [pair for pair in pairs if type(pair[0]) is type(pair[1]) is Instance]
+        columns = self.fields.items(*zip(*alike, strict=True)) if alike else None
         if columns is not None:
             keys, offsets, *where = columns
             spots = map(self.layouts.spot, offsets)
             self.places.extend(self.keys.of_all(keys), spots, *where)
-            return []
+            pairs = [pair for pair in pairs if not type(pair[0]) is type(pair[1]) is Instance]
         left: list[object] = []
-        for index, place in zip(indices, places, strict=True):
+        for index, place in pairs:
             try:
                 self.place(index, place)
             except FormatError:

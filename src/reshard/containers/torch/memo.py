@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Set
+from itertools import compress
 from typing import Protocol
 
 from reshard.containers.torch.records import Global, Opaque, Shared
@@ -72,19 +74,25 @@ class Memo:
 
         Of the records, those from number `since` on: others may still be set.
         """
-        # By id, because to find the equal of a long text takes as long as the text.
-        known: dict[int, object] = {}
-        for number, value in enumerate(self.recent, self.start):
-            if type(value) not in _KEPT or (type(value) is Opaque and number < since):
-                continue
-            kept = known.get(id(value))
-            if kept is None:
-                kept = known[id(value)] = self._kept(value, compactor)
-            if kept is not LEFT_OUT:
-                self._numbers.append(number)
-                self._values.append(kept)
-        self.start += len(self.recent)
+        at = min(max(since - self.start, 0), len(self.recent))
+        self._keep(self.recent[:at], compactor, _KEPT - {Opaque})
+        self._keep(self.recent[at:], compactor, _KEPT)
         self.recent = []
+
+    def _keep(self, values: list[object], compactor: Compactor, kinds: Set[type]) -> None:
+        """Pass over these values, and keep some of them."""
+        # Nearly all others are `LEFT_OUT`, of runs of records.
+        wanted = [*map(kinds.__contains__, map(type, values))]
+        numbers = compress(range(self.start, self.start + len(values)), wanted)
+        found = [*compress(values, wanted)]
+        # By id, because to find the equal of a long text takes as long as the text.
+        different = {id(value): value for value in found}
+        kept = {key: self._kept(value, compactor) for key, value in different.items()}
+        for number, value in zip(numbers, map(kept.__getitem__, map(id, found)), strict=True):
+            if value is not LEFT_OUT:
+                self._numbers.append(number)
+                self._values.append(value)
+        self.start += len(values)
 
     def _kept(self, value: object, compactor: Compactor) -> object:
         if type(value) is str:

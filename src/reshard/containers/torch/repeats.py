@@ -52,8 +52,8 @@ _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
 _MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
 # Records of a run between two looks at the budgets.
 _MAX_RUN = 4096
-# Sizes that are kept to be used again; numbers and records, which take more each.
-_MAX_KNOWN, _MAX_SPELT = 1 << 17, 1 << 14
+# Sizes that are kept to be used again; numbers and records, which take more each; texts.
+_MAX_KNOWN, _MAX_SPELT, _MAX_TEXTS = 1 << 17, 1 << 14, 1 << 12
 _U32 = struct.Struct("<I").unpack_from
 
 _IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
@@ -77,8 +77,9 @@ class _Spelling(Struct, frozen=True, eq=False):
     keys: tuple[str, ...]
     fields: tuple[_Field, ...]
     groups: int
-    #: Of a spelling without strings, what was made already: chunks repeat in every layer.
-    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None
+    #: Of a spelling without strings, what was made already of the same bytes: chunks repeat in
+    #: every layer.
+    made: dict[bytes, tuple[Instance, list[object]]] | None
 
 
 class Repeats:
@@ -90,11 +91,13 @@ class Repeats:
         self._failed: Counter[Global] = Counter()
         self._ints: dict[bytes, int] = {}
         self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._texts: dict[bytes, object] = {}
         self._classes: dict[bytes, object] = {}
 
     def forget(self) -> None:
         """The memo was overwritten: the names that patterns recall may be others now."""
         self._known.clear()
+        self._texts.clear()
         self._classes.clear()
         self._following.clear()
 
@@ -108,12 +111,17 @@ class Repeats:
         if found is None:
             return pos
         first, match = found
-        memo: list[object] = []
-        made = self._make(m, first, match.groups(), memo)
-        if made is None:
-            return pos
-        m.stack[-1] = made
-        m.memo.recent += memo
+        known = None if first.made is None else first.made.get(match[0])
+        if known is None:
+            memo: list[object] = []
+            made = self._make(m, first, match.groups(), memo)
+            if made is None:
+                return pos
+            known = made, memo
+            if first.made is not None and len(first.made) < _MAX_SPELT:
+                first.made[match[0]] = known
+        m.stack[-1] = known[0]
+        m.memo.recent += known[1]
         m.made_nbytes += CALL_NBYTES + TUPLE_NBYTES
         return self._run(m, first, match.end())
 
@@ -130,8 +138,16 @@ class Repeats:
         ends = [0]
         for one in cycle:
             ends.append(ends[-1] + 1 + one.groups)
+        alike = first.made if len(cycle) == 1 else None
         count = 0
         while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
+            known = None if alike is None else alike.get(match[0])
+            if known is not None:
+                m.stack.append(known[0])
+                m.memo.recent += known[1]
+                count += 1
+                pos = match.end()
+                continue
             groups = match.groups()
             memo: list[object] = []
             records = []
@@ -143,6 +159,8 @@ class Repeats:
                     records.append(self._make(m, one, groups[start + 1 : end], memo))
             if len(records) < len(cycle) or None in records:
                 break
+            if alike is not None and len(alike) < _MAX_SPELT:
+                alike[match[0]] = records[0], memo
             m.stack.extend(records)
             m.memo.recent += memo
             count += len(records)
@@ -184,11 +202,6 @@ class Repeats:
         self, m: Machine, one: _Spelling, groups: tuple[bytes, ...], memo: list[object]
     ) -> Instance | None:
         """The record that a match spells; `memo` gets what its opcodes put into the memo."""
-        if one.made is not None:
-            found = one.made.get(groups)
-            if found is not None:
-                memo += found[1]
-                return found[0]
         values: list[object] = []
         place = len(memo)
         memo += (None, LEFT_OUT)
@@ -206,7 +219,7 @@ class Repeats:
                     if len(self._sizes) < _MAX_KNOWN:
                         self._sizes[size] = size
                 if first < last:
-                    memo.append(size)
+                    memo.append(LEFT_OUT)
                 memo += (LEFT_OUT, size)
                 values.append(size)
             elif kind == _IS_INT:
@@ -215,7 +228,7 @@ class Repeats:
                 values.append(self._int(group) if known is None else known)
             elif kind == _IS_TEXT:
                 group = groups[first]
-                value = _text(group) if group[0] == 0x8C else _recalled(m, group)
+                value = _text(group) if group[0] == 0x8C else self._recalled_text(m, group)
                 if type(value) is not str:
                     return None
                 if group[0] == 0x8C:
@@ -225,9 +238,18 @@ class Repeats:
                 values.append(constant)
         made = Instance(one.cls.name, one.keys, tuple(values))
         memo[place] = made
-        if one.made is not None and len(one.made) < _MAX_SPELT:
-            one.made[groups] = made, memo[place:]
         return made
+
+    def _recalled_text(self, m: Machine, raw: bytes) -> object:
+        """What an opcode recalls. Files' names are recalled for each of their items."""
+        value = self._texts.get(raw)
+        if value is None:
+            value = _recalled(m, raw)
+            if type(value) is str:
+                if len(self._texts) >= _MAX_TEXTS:
+                    self._texts.clear()
+                self._texts[raw] = value
+        return value
 
     def _int(self, raw: bytes) -> int:
         """The number that an opcode pushes. Of BININT and LONG1 with a sign."""
@@ -312,7 +334,7 @@ def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
     source += _CLOSING
     pattern = re.compile(source, re.DOTALL)
     textless = all(one.kind != _IS_TEXT for one in fields)
-    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None = {} if textless else None
+    made: dict[bytes, tuple[Instance, list[object]]] | None = {} if textless else None
     return _Spelling(cls, source, pattern, tuple(keys), tuple(fields), groups, made)
 
 
