@@ -54,7 +54,7 @@ class Opaque(Struct, eq=False):
         return self.reason or _KINDS.get(self.name) or f"a record of {self.name}"
 
 
-class Shared(Opaque, frozen=True, eq=False):
+class Shared(Opaque, eq=False):
     """An `Opaque` that stands for all that equal it, and that nothing more is set in."""
 
 

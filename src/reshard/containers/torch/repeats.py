@@ -135,9 +135,6 @@ class Repeats:
         if pattern is None:
             source = b"".join(_GET + rb"\)" + one.source for one in cycle)
             pattern = self._following[key] = re.compile(source, re.DOTALL)
-        ends = [0]
-        for one in cycle:
-            ends.append(ends[-1] + 1 + one.groups)
         alike = first.made if len(cycle) == 1 else None
         count = 0
         while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
@@ -148,16 +145,9 @@ class Repeats:
                 count += 1
                 pos = match.end()
                 continue
-            groups = match.groups()
             memo: list[object] = []
-            records = []
-            for one, start, end in zip(cycle, ends, ends[1:], strict=False):
-                cls = self._classes.get(groups[start])
-                if cls is None:
-                    cls = self._classes[groups[start]] = _recalled(m, groups[start])
-                if cls is one.cls:
-                    records.append(self._make(m, one, groups[start + 1 : end], memo))
-            if len(records) < len(cycle) or None in records:
+            records = self._made(m, cycle, match.groups(), memo)
+            if len(records) < len(cycle):
                 break
             if alike is not None and len(alike) < _MAX_SPELT:
                 alike[match[0]] = records[0], memo
@@ -168,6 +158,24 @@ class Repeats:
         m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
         m.check_budgets(pos)
         return pos
+
+    def _made(
+        self, m: Machine, cycle: list[_Spelling], groups: tuple[bytes, ...], memo: list[object]
+    ) -> list[Instance]:
+        """The records of a match of several, each after its class; fewer where one is not right."""
+        records: list[Instance] = []
+        start = 0
+        for one in cycle:
+            cls = self._classes.get(groups[start])
+            if cls is None:
+                cls = self._classes[groups[start]] = _recalled(m, groups[start])
+            end = start + 1 + one.groups
+            made = self._make(m, one, groups[start + 1 : end], memo) if cls is one.cls else None
+            if made is None:
+                break
+            records.append(made)
+            start = end
+        return records
 
     def _cycle(self, m: Machine, first: _Spelling, pos: int) -> list[_Spelling]:
         """The spellings that follow a record of `first`, up to and with the next of it."""
