@@ -354,6 +354,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=", ".join(one.key for one in DIRECTIONS))  # fmt: skip
     add("--other", default="", metavar="SRC", help="src folder of another reshard to compare with")
     add("--publish", action="store_true", help="also write benchmarks/results.json and the pages")
+    add(
+        "--add",
+        action="store_true",
+        help="publish, with these cells added to benchmarks/results.json or in place of its own",
+    )
     add("--page", type=Path, nargs="?", const=RESULTS, metavar="JSON",
         help="only publish the results of an earlier run")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -376,7 +381,9 @@ def main() -> None:
 
     results = load(path)
     print(page.tables(results))
-    if options.publish or options.page:
+    if options.add:
+        results = load(RESULTS).with_cells(results.cells)
+    if options.publish or options.add or options.page:
         results.save(RESULTS)
         for written in page.publish(results):
             print(f"written: {written}")
