@@ -217,6 +217,13 @@ def _running(direction: Direction, contender: Contender, gb: float) -> float:
     return _SETTLE_SECONDS + 0.6 + fixed + (0.6 + each) * gb * direction.times
 
 
+def _disk(direction: Direction, contenders: Sequence[Contender]) -> float:
+    """What a cell needs of the disk, in multiples of the 16-bit weights: its source and base, what
+    `cp` copies and reads, and an output, which a peer writes in float32 and may write twice."""
+    output = 3 if any(one.group == "peers" for one in contenders) else 1
+    return direction.times + direction.based + direction.times + output
+
+
 def _peak(gb: float) -> float:
     """A guess of a peer's peak memory."""
     return (0.4 + 2 * gb) * GB
@@ -290,7 +297,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> Results:
     starts = start.starts(_STARTS, _environment(), options.other)
     path = options.folder / "results.json"
     for place, (direction, gb) in enumerate(plan):
-        needed = int((2 * direction.times + 3) * gb * GB)
+        needed = int(_disk(direction, bench.contenders(direction)) * gb * GB)
         if needed > _MOST * shutil.disk_usage(scratch).free or bench.left() < 0:
             why = "no time left" if bench.left() < 0 else f"needs {needed / GB:.0f} GB of disk"
             names = [Skipped(one.name, why) for one in bench.contenders(direction)]
@@ -347,6 +354,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=", ".join(one.key for one in DIRECTIONS))  # fmt: skip
     add("--other", default="", metavar="SRC", help="src folder of another reshard to compare with")
     add("--publish", action="store_true", help="also write benchmarks/results.json and the pages")
+    add(
+        "--add",
+        action="store_true",
+        help="publish, with these cells added to benchmarks/results.json or in place of its own",
+    )
     add("--page", type=Path, nargs="?", const=RESULTS, metavar="JSON",
         help="only publish the results of an earlier run")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -369,7 +381,9 @@ def main() -> None:
 
     results = load(path)
     print(page.tables(results))
-    if options.publish or options.page:
+    if options.add:
+        results = load(RESULTS).with_cells(results.cells)
+    if options.publish or options.add or options.page:
         results.save(RESULTS)
         for written in page.publish(results):
             print(f"written: {written}")

@@ -73,6 +73,7 @@ def page(results: Results) -> str:
         "## Time by size\n",
         "Seconds (median), and the line through them: seconds at size 0, and for each GB.\n",
         *(_sweep(results, direction) for direction in _swept(results)),
+        _large(results),
         "## Each conversion\n",
         _COUNTED,
         *(_table(results, direction) for direction in DIRECTIONS),
@@ -97,9 +98,7 @@ def readme(results: Results) -> str:
         f"{first['cores']} cores of an {first['processor']}:\n{_busy(results)}"
     )
     lines = [begin, _glance(results)]
-    growth = _growth(results)
-    if growth:
-        lines.append(growth)
+    lines += [sentence for sentence in (_growth(results), _far(results)) if sentence]
     convert = next((one for one in results.starts if one.name == "reshard convert"), None)
     if convert is not None:
         lines.append(
@@ -177,7 +176,7 @@ def _growth(results: Results) -> str:
     """How memory and time grow from the smallest to the largest size."""
     found = []
     for direction in _swept(results):
-        own = [cell for cell in _cells(results, direction) if cell.row(RESHARD)]
+        own = [cell for cell in results.of(direction.key) if cell.row(RESHARD)]
         first, last = own[0].row(RESHARD), own[-1].row(RESHARD)
         if first is not None and last is not None:
             found.append((own[0].gb, own[-1].gb, first.peak_nbytes, last.peak_nbytes))
@@ -191,9 +190,60 @@ def _growth(results: Results) -> str:
     )
 
 
+def _against_cp(cell: Cell) -> float | None:
+    """reshard's time as a multiple of that of cp and reading the copy back."""
+    ours, copy = cell.row(RESHARD), cell.row(CP_READ_BACK)
+    return None if ours is None or copy is None else ours.seconds / copy.seconds
+
+
+def _large(results: Results) -> str:
+    """The sizes of which not all fits into memory."""
+    found = [cell for one in DIRECTIONS for cell in results.of(one.key, large=True) if cell.rows]
+    titles = {one.key: one.title for one in DIRECTIONS}
+    if not found:
+        return ""
+    head = (
+        "| conversion | GB | runs | reshard, verified | least to most | `cp`, and reading the copy "
+        "back | least to most | ratio | peak MiB |\n|---|---|---|---|---|---|---|---|---|\n"
+    )
+    intro = (
+        "Measured by themselves (`--add`), without the other tools. Not all files fit into memory, "
+        "so much of the time is the disk's:\n\n"
+    )
+    lines = ["## Large models\n\n", intro, head]
+    for cell in found:
+        ours, copy = cell.row(RESHARD), cell.row(CP_READ_BACK)
+        if ours is None or copy is None:
+            continue
+        timed = [
+            f"{_seconds(row.seconds)} s | {_seconds(row.least)} to {_seconds(row.most)}"
+            for row in (ours, copy)
+        ]
+        lines.append(
+            f"| {titles[cell.direction]} | {cell.gb:g} | {len(ours.samples)} | {' | '.join(timed)} "
+            f"| {_against_cp(cell):.2f} | {ours.peak_nbytes / MIB:.0f} |\n"
+        )
+    return "".join(lines)
+
+
+def _far(results: Results) -> str:
+    """How the large sizes compare with cp, in a sentence."""
+    found = [cell for one in DIRECTIONS for cell in results.of(one.key, large=True)]
+    ratios = [ratio for cell in found if (ratio := _against_cp(cell)) is not None]
+    if not ratios:
+        return ""
+    sizes = [cell.gb for cell in found if cell.rows]
+    peak = max(row.peak_nbytes for cell in found if (row := cell.row(RESHARD))) / MIB
+    return (
+        f"From {min(sizes):g} to {max(sizes):g} GB, where not all fits into memory, reshard takes "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as long as `cp` and reading the copy back, "
+        f"with at most {peak:.0f} MiB.\n"
+    )
+
+
 def _sweep(results: Results, direction: Direction) -> str:
     """Medians of all contenders at all sizes."""
-    own = _cells(results, direction)
+    own = results.of(direction.key)
     sizes = [cell.gb for cell in own]
     lines = [
         f"| {direction.title} | {' | '.join(f'{gb:g} GB' for gb in sizes)} | at 0 | a GB |\n",
@@ -271,15 +321,10 @@ def _skipped(results: Results) -> str:
     lines = [
         f"* {direction.title}, {cell.gb:g} GB: `{one.contender}` ({one.why})"
         for direction in DIRECTIONS
-        for cell in _cells(results, direction)
+        for cell in results.of(direction.key)
         for one in cell.skipped
     ]
     return "Not run:\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _cells(results: Results, direction: Direction) -> list[Cell]:
-    own = [cell for cell in results.cells if cell.direction == direction.key]
-    return sorted(own, key=lambda cell: cell.gb)
 
 
 def _swept(results: Results) -> list[Direction]:
@@ -288,12 +333,12 @@ def _swept(results: Results) -> list[Direction]:
 
 
 def _filled(results: Results, direction: Direction) -> list[bool]:
-    return [bool(cell.rows) for cell in _cells(results, direction)]
+    return [bool(cell.rows) for cell in results.of(direction.key)]
 
 
 def _shown(results: Results, direction: Direction) -> Cell | None:
     """The cell of a direction that tables of one size show."""
-    own = [cell for cell in _cells(results, direction) if cell.rows]
+    own = [cell for cell in results.of(direction.key) if cell.rows]
     return min(own, key=lambda cell: abs(cell.gb - _REFERENCE), default=None)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
+
+#: Sizes from which on a conversion's files do not all fit into the memory of a small machine.
+LARGE_GB = 4.0
 
 
 class Sample(Struct, frozen=True, omit_defaults=True):
@@ -97,6 +102,18 @@ class Results(Struct, frozen=True):
     options: dict[str, Any]
     cells: list[Cell]
     starts: list[Start] = []
+
+    def of(self, direction: str, *, large: bool = False) -> list[Cell]:
+        """The cells of a direction, by size: those that fit into memory, or the large ones."""
+        own = [cell for cell in self.cells if cell.direction == direction]
+        own = [cell for cell in own if (cell.gb >= LARGE_GB) == large]
+        return sorted(own, key=lambda cell: cell.gb)
+
+    def with_cells(self, cells: Sequence[Cell]) -> Results:
+        """These results, with other cells added to theirs or put in their place."""
+        new = {(cell.direction, cell.gb): cell for cell in cells if cell.rows}
+        old = {(cell.direction, cell.gb): cell for cell in self.cells}
+        return replace(self, cells=list({**old, **new}.values()))
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

@@ -122,4 +122,8 @@ def random_values(numel: int, dtype: Any) -> Any:
     import torch
 
     block = torch.from_numpy(_values()).to(dtype)
-    return block.repeat(-(-numel // _BLOCK))[:numel]
+    out = torch.empty(numel, dtype=dtype)  # no view of more: a save would copy it once more
+    for start in range(0, numel, _BLOCK):
+        part = out[start : start + _BLOCK]
+        part.copy_(block[: len(part)])
+    return out

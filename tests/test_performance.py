@@ -67,6 +67,27 @@ class TestPage:
         assert "| `reshard convert` | 0.120 | 0.200 |" in text
         assert page.NOTES.read_text(encoding="utf-8") in text
 
+    def test_large_sizes_are_shown_by_themselves(self) -> None:
+        found = results().with_cells([cell("zero2", 8.0, own=9.9, cp=11.0, back=14.9)])
+        assert (
+            "| ZeRO-2 to Hugging Face | 8 | 2 | 10.0 s | 9.90 to 10.1 | 15.0 s | 14.9 to 15.1 "
+            "| 0.67 | 50 |" in page.page(found)
+        )
+        assert "From 8 to 8 GB, where not all fits into memory, reshard takes 0.67" in page.readme(
+            found
+        )
+        # The line through the other sizes stays what it was.
+        assert "| `reshard` | 1.00 | 1.80 | 0.20 | 1.60 |" in page.page(found)
+        assert "Large models" not in page.page(results())
+
+    def test_cells_that_were_measured_again_replace_the_old(self) -> None:
+        again = cell("zero2", 1.0, own=2.7, back=2.9)
+        empty = Cell("fp8", 1.0, 0, [], [Skipped(RESHARD, "no time left")])
+        found = results().with_cells([again, empty])
+        assert [one.gb for one in found.of("zero2")] == [0.5, 1.0]
+        assert found.of("zero2")[1] == again
+        assert found.of("fp8") == results().of("fp8")
+
     def test_a_busy_machine_is_named(self) -> None:
         found = results()
         assert "other work" not in page.page(found) + page.readme(found)

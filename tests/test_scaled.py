@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,26 @@ def test_a_tensor_is_seen_in_another_shape(tmp_path: Path) -> None:
         [rearrange.crop(entry, Box((2, 3, 2, 4), (i, 0, 0, 0), (1, 3, 2, 4))) for i in (0, 1)], 0
     )
     same(evaluate(rearrange.reshape(torn, (6, 8)), 5), array.reshape(6, 8))
+
+
+@pytest.fixture(params=[False, True], ids=["", "flushed"])
+def flushed(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether this thread's processor takes subnormal numbers for zero."""
+    if not torch.set_flush_denormal(request.param):
+        pytest.skip("this processor cannot")
+    yield request.param
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    "code", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+)
+def test_every_code_is_its_number(code: Code, flushed: bool, tmp_path: Path) -> None:
+    """NaN, infinity and subnormal codes too, whatever a library told the processor."""
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    ones = stored(tmp_path, "scales", np.ones((1, 1), np.float32))
+    entry = Scaled(stored(tmp_path, "codes", codes), ones, (2, 128), code)
+    like = Entry(TensorSpec("w", BFLOAT16, (2, 128)), ())
+    found = evaluate(computed(entry, like), 1 << 20)
+    expected = torch.from_numpy(codes).view(getattr(torch, code)).float().numpy()
+    np.testing.assert_array_equal(found, expected)

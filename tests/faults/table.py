@@ -136,7 +136,7 @@ def trials(bench: Bench) -> list[Outcome]:
     read = calls(bench, late=False, situations=READ)
     plan = [
         *kills({**counted, **resumed}, ["kill before"]),
-        *random_kills(100, 0.05, seed=2),
+        *random_kills(400, seed=2),
         *failures(counted, ERRORS, SYSTEMS[:1]),
         *failures(read, ERRORS, SYSTEMS[:1]),
         *failures(counted, ["EIO"], SYSTEMS[1:]),

@@ -68,6 +68,14 @@ def check_killed(outcome: Outcome) -> None:
     assert outcome.rerun == "done", outcome
 
 
+def check_random_kills(outcomes: list[Outcome]) -> None:
+    """As any kill; and they hit a run's beginning and its end, or they would show little."""
+    for outcome in outcomes:
+        check_killed(outcome)
+    assert {"old", "nothing", "new"} <= {outcome.stands for outcome in outcomes}
+    assert any(outcome.reused for outcome in outcomes)
+
+
 def check_failed(outcome: Outcome) -> None:
     """A stated error and the state before, or the new output; the message is true."""
     assert outcome.ended in ("done", "error"), outcome
@@ -111,8 +119,7 @@ def test_a_kill_at_every_call_of_a_resumed_run(quick: Bench) -> None:
 
 
 def test_kills_at_random_moments(quick: Bench) -> None:
-    for outcome in quick.run(list(random_kills(50, 0.02, seed=1))):
-        check_killed(outcome)
+    check_random_kills(quick.run(list(random_kills(50, seed=1))))
 
 
 def test_each_call_of_the_commit_fails(quick: Bench) -> None:
@@ -172,8 +179,7 @@ def test_a_kill_at_every_call(bench: Bench, situations: list[Trial]) -> None:
 
 @pytest.mark.slow
 def test_many_kills_at_random_moments(bench: Bench) -> None:
-    for outcome in bench.run(list(random_kills(400, 0.05, seed=2))):
-        check_killed(outcome)
+    check_random_kills(bench.run(list(random_kills(400, seed=2))))
 
 
 @pytest.mark.slow

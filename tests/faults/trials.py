@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -41,10 +42,11 @@ LACKING = {"renameat2": errno.EINVAL, "flock": errno.ENOLCK, "fallocate64": errn
 class Trial:
     """A run with a fault at the n-th call of that name (`*`: any) on the output's paths.
 
-    `action` "timer" kills after `nth` microseconds, "count" only counts the calls. `call` may also
-    be on the source's paths, where `on` is "source". Calls count from `OutputFolder.commit` on
-    where `late`, else from the beginning. With `resumed` the run continues one that was killed
-    before its commit; with `then_resume` the next run is one with --resume.
+    `action` "timer" kills after `nth` millionths of the time that an ordinary run takes, "count"
+    only counts the calls. `call` may also be on the source's paths, where `on` is "source". Calls
+    count from `OutputFolder.commit` on where `late`, else from the beginning. With `resumed` the
+    run continues one that was killed before its commit; with `then_resume` the next run is one
+    with --resume.
     """
 
     action: str
@@ -95,6 +97,8 @@ class Stage:
         self.convert(overwrite=False)
         self.states["new"] = contents(self.out)
         self.source = contents(self.model)
+        #: What an ordinary run takes, in a fork as in a trial.
+        self.seconds = statistics.median(self._timed() for _ in range(5))
 
     def _make_model(self) -> None:
         (self.model / "chat").mkdir(parents=True)
@@ -116,6 +120,14 @@ class Stage:
             threads=1,
         )
         return report.bytes_reused or 0
+
+    def _timed(self) -> float:
+        """The seconds of a run that replaces the old output."""
+        self.reset(overwrite=True)
+        begun = time.perf_counter()
+        ended, _ = in_child(lambda: str(self.convert(overwrite=True)))
+        assert ended == "done"
+        return time.perf_counter() - begun
 
     def leave_unfinished(self, *, overwrite: bool) -> None:
         """A run that is killed before its commit."""
@@ -209,7 +221,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
         stage.convert(overwrite=trial.overwrite, resume=trial.resumed)
         return json.dumps(faults.seen(added)) if trial.action == "count" else ""
 
-    after = trial.nth / 1e6 if trial.action == "timer" else None
+    after = trial.nth / 1e6 * stage.seconds if trial.action == "timer" else None
     ended, message = in_child(work, after)
     calls = json.loads(message) if ended == "done" and message else []
     stands, left = stage.stands(), stage.left()
