@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from reshard import formats
 from reshard.core.catalog import Catalog
+from reshard.core.collecting import paused_gc
 from reshard.core.dtypes import DType
 from reshard.core.fragments import regions
 from reshard.core.notebook import folded, html_table
@@ -319,7 +320,8 @@ def opened(
         return locate.read(values["path"], sources, replace(selection, located=True))
 
     with Sources() as sources:
-        catalog = locate.read(values["path"], sources, selection)
+        with paused_gc():
+            catalog = locate.read(values["path"], sources, selection)
         for file in {extent.file.path for extent in regions(catalog.entries.values())}:
             sources.open(file)
         whole = None if located else cache(lambda: opened(values))

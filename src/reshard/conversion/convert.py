@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from reshard.containers.torch.machine import paused_gc
 from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -24,6 +23,7 @@ from reshard.conversion.other_errors import with_other_errors
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
+from reshard.core.collecting import paused_gc
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.core.plan import Plan

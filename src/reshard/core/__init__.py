@@ -20,6 +20,7 @@ findings.py    what a user should know, by code. **A table to extend**
 options.py     what an option of a command is
 locations.py   where something lies: a path or a URL
 sizes.py       sizes and durations in words
+collecting.py  the collector of cycles, paused
 regex.py       regular expressions, compiled on first use
 notebook.py    tables and a bar in a notebook
 """

@@ -12,7 +12,7 @@ from reshard.containers.dcp.metadata import ALIASES, Location, Metadata, Path
 from reshard.containers.dcp.records import Fields
 from reshard.containers.dcp.tables import DESCRIBED, OBJECT, PLANNED, STORED, Tables
 from reshard.containers.torch.limits import MAX_NBYTES
-from reshard.containers.torch.machine import paused_gc
+from reshard.core.collecting import paused_gc
 from reshard.core.tensors import Shape
 from reshard.errors import IncompleteError, brief
 from reshard.storage.local import Sources
@@ -99,15 +99,16 @@ def compared(value: object, tables: Tables) -> Metadata:
     objects: dict[str, tuple[Location, ...]] = {}
     for number in tables.order:
         layout = tables.said[number]
+        code = number << 32
         if layout is OBJECT or layout is None:
-            row = rows.pop(_code(number, 0), None)
+            row = rows.pop(code, None)
             found = () if row is None else (tables.places.location(row),)
             objects[tables.keys.values[number]] = found
         else:
             cut = layout.cut
-            tensors.add(number, layout, [rows.pop(_code(number, s), -1) for s in cut.spots])
+            tensors.add(number, layout, [rows.pop(code | spot, -1) for spot in cut.spots])
             for spot in cut.empty:
-                rows.pop(_code(number, spot), None)
+                rows.pop(code | spot, None)
     if PLANNED not in fields:  # every torch writes it, as None where nothing is nested
         raise said.broken(f"it has no {PLANNED}")
     flattened = bool(fields[PLANNED]) or any(tables.at_top)
@@ -121,17 +122,17 @@ def compared(value: object, tables: Tables) -> Metadata:
 
 
 def _rows(raw: object, tables: Tables) -> dict[int, int]:
-    """The row of each item's place, by `_code`."""
+    """The row of each item's place, by the numbers of its key and spot, joined in one number."""
     left = tables.fields.mapping(raw, STORED)
     for index, place in left.items():
         tables.place(index, place)
     left.clear()
     held = tables.places
-    codes = map(_code, held.keys, held.spots)
+    codes = [key << 32 | spot for key, spot in zip(held.keys, held.spots, strict=True)]
     rows = dict(zip(codes, range(len(held)), strict=True))
     if len(rows) < len(held):
         seen: set[int] = set()
-        for key, code in zip(held.keys, map(_code, held.keys, held.spots), strict=True):
+        for key, code in zip(held.keys, codes, strict=True):
             if code in seen:
                 what = f"its {STORED} has two places for one item"
                 raise tables.fields.broken(what, tables.keys.values[key])
@@ -203,8 +204,3 @@ def _path(path: object, key: str, said: Fields) -> Path:
     if ".".join(named) != key:
         raise said.broken(f"its path in the state dict is {brief(path)}", key)
     return named
-
-
-def _code(key: int, spot: int) -> int:
-    """A key and a chunk's offsets as one number."""
-    return key << 32 | spot

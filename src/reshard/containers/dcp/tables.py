@@ -126,17 +126,29 @@ class Tables:
         return number
 
     def _stored(self, indices: list[object], places: list[object]) -> list[object]:
-        pairs = [*zip(indices, places, strict=True)]
-        # One in a thousand is not: the pickle's frames cut it in two.
-        alike = [pair for pair in pairs if type(pair[0]) is type(pair[1]) is Instance]
-        columns = self.fields.items(*zip(*alike, strict=True)) if alike else None
-        if columns is not None:
-            keys, offsets, *where = columns
-            spots = map(self.layouts.spot, offsets)
-            self.places.extend(self.keys.of_all(keys), spots, *where)
-            pairs = [pair for pair in pairs if not type(pair[0]) is type(pair[1]) is Instance]
+        """Note where items lie, in the order of the file: those that are spelt alike at once."""
+        # One in a thousand is another record: the pickle's frames cut it in two.
+        kinds = zip(map(type, indices), map(type, places), strict=True)
+        alike = bytes([kind == (Instance, Instance) for kind in kinds])
         left: list[object] = []
-        for index, place in pairs:
+        start = 0
+        while start < len(alike):
+            other = alike.find(0, start)
+            stop = len(alike) if other < 0 else max(other, start + 1)
+            some = indices[start:stop], places[start:stop]
+            columns = self.fields.items(*some) if alike[start] else None
+            if columns is not None:
+                keys, offsets, *where = columns
+                spots = map(self.layouts.spot, offsets)
+                self.places.extend(self.keys.of_all(keys), spots, *where)
+            else:
+                left += self._stored_each(*some)
+            start = stop
+        return left
+
+    def _stored_each(self, indices: list[object], places: list[object]) -> list[object]:
+        left: list[object] = []
+        for index, place in zip(indices, places, strict=True):
             try:
                 self.place(index, place)
             except FormatError:

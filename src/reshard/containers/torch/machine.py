@@ -17,11 +17,9 @@ and 50 bytes a byte. Time is linear in it: 3 million opcodes a second.
 
 from __future__ import annotations
 
-import gc
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from reshard.containers.torch.limits import (
@@ -44,6 +42,7 @@ from reshard.containers.torch.records import Global, Instance, Opaque, Shared, T
 from reshard.containers.torch.repeats import Repeats
 from reshard.containers.torch.storages import is_storage_class
 from reshard.core import dtypes
+from reshard.core.collecting import paused_gc
 from reshard.core.dtypes import DType
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 
@@ -321,21 +320,6 @@ def _misused(value: object, what: str) -> Exception:
     if isinstance(value, Instance | Shared) or value is LEFT_OUT:
         return RecalledError()
     return Malformed(f"{what} a {type(value).__name__}")
-
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """Pause the cycle collector: it finds nothing here, and doubles the time.
-
-    If two threads parse at once, the first to end switches it on again, which is only slower.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}

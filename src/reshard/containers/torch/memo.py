@@ -22,6 +22,8 @@ from reshard.core.tensors import MAX_DIMS
 LEFT_OUT = object()
 # Arguments, or items of a state, of a record that may be shared, and characters of a text in it.
 _MAX_SHARED, _MAX_TEXT = 8, 256
+# Values that are found without a search.
+_EARLY = 256
 _PLAIN = frozenset({str, int, bool, float, type(None), DType, Global, Shared})
 _KEPT = frozenset({str, tuple, DType, Global, Opaque, Shared})
 _INT = frozenset({int})
@@ -47,11 +49,13 @@ class Compactor(Protocol):
 class Memo:
     """The numbered values. Those from number `start` on are in the list `recent`, all of them."""
 
-    __slots__ = ("_calls", "_numbers", "_sizes", "_values", "recent", "start")
+    __slots__ = ("_calls", "_early", "_numbers", "_sizes", "_values", "recent", "start")
 
     def __init__(self) -> None:
         self.start = 0
         self.recent: list[object] = []
+        # Names of classes and fields, which every record recalls.
+        self._early: list[object] = []
         self._numbers = array("I")
         self._values: list[object] = []
         self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -65,6 +69,10 @@ class Memo:
         place = number - self.start
         if place >= 0:
             return self.recent[place]
+        return self._early[number] if number < _EARLY else self._old(number)
+
+    def _old(self, number: int) -> object:
+        """A value that is not among the recent ones."""
         at = bisect_left(self._numbers, number)
         found = at < len(self._numbers) and self._numbers[at] == number
         return self._values[at] if found else LEFT_OUT
@@ -88,11 +96,15 @@ class Memo:
         # By id, because to find the equal of a long text takes as long as the text.
         different = {id(value): value for value in found}
         kept = {key: self._kept(value, compactor) for key, value in different.items()}
-        for number, value in zip(numbers, map(kept.__getitem__, map(id, found)), strict=True):
-            if value is not LEFT_OUT:
-                self._numbers.append(number)
-                self._values.append(value)
+        held = [*map(kept.__getitem__, map(id, found))]
+        if LEFT_OUT in kept.values():
+            there = [value is not LEFT_OUT for value in held]
+            numbers, held = compress(numbers, there), [*compress(held, there)]
+        self._numbers.extend(numbers)
+        self._values += held
         self.start += len(values)
+        if len(self._early) < _EARLY:
+            self._early += [self._old(n) for n in range(len(self._early), min(_EARLY, self.start))]
 
     def _kept(self, value: object, compactor: Compactor) -> object:
         if type(value) is str:
