@@ -113,10 +113,25 @@ class Fields:
                 return None
             if min(numbers) < 0 or max(numbers) >= MAX_NUMEL:
                 return None
-        # Those of an `Instance` are numbers, so that they can be hashed.
-        if any(not _is_shape(one) for one in set(offsets) - {None}):
+        if not _are_shapes([one for one in offsets if one is not None]):
             return None
         return keys, offsets, files, starts, lengths
+
+    def chunks(self, raw: Sequence[object]) -> tuple[tuple[Shape, ...], tuple[Shape, ...]] | None:
+        """Offsets and sizes of chunks; None where they are not spelt alike, two begin at one place,
+        or one holds no elements."""
+        columns = self.columns(raw, CHUNK) if raw else None
+        if columns is None:
+            return None
+        offsets, sizes = columns
+        if {*map(type, offsets), *map(type, sizes)} != {tuple}:
+            return None
+        if not _are_shapes(offsets) or not _are_shapes(sizes):
+            return None
+        # Those of an `Instance` are numbers, so that they can be hashed.
+        if len(set(offsets)) < len(offsets) or any(0 in shape for shape in set(sizes)):
+            return None
+        return tuple(offsets), tuple(sizes)
 
     def dtype(self, raw: object, key: str) -> str:
         """The name of the type that TensorProperties state."""
@@ -186,5 +201,9 @@ class Fields:
         return made
 
 
-def _is_shape(sizes: Shape) -> bool:
-    return len(sizes) <= MAX_DIMS and all(0 <= size < MAX_NUMEL for size in sizes)
+def _are_shapes(sizes: Sequence[Shape]) -> bool:
+    """Whether tuples of numbers can be shapes or places in tensors."""
+    if max(map(len, sizes), default=0) > MAX_DIMS:
+        return False
+    some = [one for one in sizes if one]
+    return min(map(min, some), default=0) >= 0 and max(map(max, some), default=0) < MAX_NUMEL

@@ -189,6 +189,9 @@ class Tables:
         return cut
 
     def _cut_of(self, key: str, listed: list[object]) -> Cut:
+        columns = self.fields.chunks(listed)
+        if columns is not None:
+            return self.layouts.cut(*columns)
         chunks: dict[Shape, Shape] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
         empty: dict[Shape, None] = {}
