@@ -155,7 +155,6 @@ def make_dcp(folder: Path, size: Size = WHOLE) -> None:
     files = Files(folder)
     described: dict[str, Any] = {}
     stored: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    properties = dcp.TensorProperties(torch.bfloat16)
     for name, shape, parts, first in tensors(size):
         values = values_of(name, shape) if name.startswith(FILLED) else None
         step = -(-shape[0] // parts)
@@ -168,6 +167,8 @@ def make_dcp(folder: Path, size: Size = WHOLE) -> None:
             place = files.add((first + part) % size.world, chunk, own)
             chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk)))
             stored[dcp.MetadataIndex(name, offsets, part)] = place
+        # One each, as planners make them.
+        properties = dcp.TensorProperties(torch.bfloat16)
         described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
     files.close()
     write_metadata(folder, metadata(folder, described, stored))
@@ -180,10 +181,10 @@ def make_megatron(folder: Path, size: Size = WHOLE) -> None:
     described: dict[str, Any] = {}
     stored: dict[dcp.MetadataIndex, _StorageInfo] = {}
     plans: list[list[WriteItem]] = [[] for _ in range(size.world)]
-    properties = dcp.TensorProperties(torch.bfloat16)
     for name, shape, grid in _stacked(size):
         chunk = tuple(n // parts for n, parts in zip(shape, grid, strict=True))
         chunks = []
+        first = dcp.TensorProperties(torch.bfloat16)
         for part, place in enumerate(_places(grid)):
             offsets = tuple(at * n for at, n in zip(place, chunk, strict=True))
             rank = part % size.world
@@ -191,9 +192,11 @@ def make_megatron(folder: Path, size: Size = WHOLE) -> None:
             stored[index] = files.add(rank, chunk, None)
             one = dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk))
             chunks.append(one)
+            # One each, as planners make them; the tensor gets that of its first chunk.
+            properties = dcp.TensorProperties(torch.bfloat16) if part else first
             data = TensorWriteData(one, properties, torch.Size(shape))
             plans[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
+        described[name] = dcp.TensorStorageMetadata(first, torch.Size(shape), chunks)
     files.close()
     found = metadata(folder, described, stored)
     found.all_local_plans = [SavePlan(items) for items in plans]

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 import reshard
 from fuzz import folders, oracle
-from reshard.containers.dcp import metadata as dcp_metadata
+from reshard.containers.dcp import parsing
 from reshard.containers.torch import read, read_pickle
 from reshard.conversion import manifest
 from reshard.core.locations import MANIFEST
@@ -84,7 +84,9 @@ def _legacy_seeds() -> list[bytes]:
 def _dcp(data: bytes, folder: Path) -> None:
     """A `.metadata`, by itself and in a folder that has the file it names."""
     with suppress(ReshardError):
-        dcp_metadata.parse(read_pickle(data, path="fuzz").value, "fuzz")
+        parsing.parse(read_pickle(data, path="fuzz").value, "fuzz")
+    with suppress(ReshardError):
+        parsing.unpickled(data, Path("fuzz"))
     (folder / ".metadata").write_bytes(data)
     (folder / "__0_0.distcp").write_bytes(GOOD)
     with suppress(ReshardError):

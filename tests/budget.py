@@ -39,12 +39,12 @@ except SystemExit:
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
-def peak(code: str, *arguments: str | Path) -> int:
-    """The most bytes that `code` held at once, in a process of its own.
+def peak(code: str, *arguments: str | Path, seconds: float = 120) -> int:
+    """The most bytes that `code` held at once, in a process of its own that ends within `seconds`.
 
     `code` may set `start = peak()`, to measure only what comes on top of that.
     """
-    return int(_run(f"{_PEAK}{code}\nprint(peak() - start)\n", *arguments).stdout)
+    return int(_run(f"{_PEAK}{code}\nprint(peak() - start)\n", *arguments, seconds=seconds).stdout)
 
 
 def run(*arguments: str | Path) -> tuple[float, int, str]:
@@ -55,10 +55,12 @@ def run(*arguments: str | Path) -> tuple[float, int, str]:
     return float(seconds), int(peak), "\n".join([*printed, done.stderr])
 
 
-def _run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _run(
+    code: str, *arguments: str | Path, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, env=_ENVIRONMENT, check=True, capture_output=True, text=True, timeout=120
+        command, env=_ENVIRONMENT, check=True, capture_output=True, text=True, timeout=seconds
     )
 
 

@@ -22,8 +22,6 @@ pytestmark = needs_proc
 # Of these the making takes a second or more.
 _LARGE = ("very many", "twenty", "chunks", "path", "blob", "archive", "a wide base", "names that",
           "config with many", "snapshots", "saves")  # fmt: skip
-# Known to take longer: the search for a reading judges each name in each of 270 readings.
-_TOO_LONG = ("names that all differ",)
 # A file of each kind that a reader has, and what is put in its place, in the short suite.
 _SHORT = (
     ("dcp", "run/.metadata", ("a pipe", "20 GB of zeros", "a device", "120 MB of text",
@@ -71,9 +69,7 @@ def test_an_odd_input(name: str, root: Path, bench: Bench) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in INPUTS if _is_large(name) and name not in _TOO_LONG]
-)
+@pytest.mark.parametrize("name", [name for name in INPUTS if _is_large(name)])
 def test_a_large_input(name: str, root: Path, bench: Bench) -> None:
     bench.run(*INPUTS[name](root)).check()
 

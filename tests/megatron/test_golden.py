@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard.containers.dcp import metadata
+from reshard.containers.dcp import parsing
 from tests.megatron.golden import GOLDEN, base, checkpoint, copied, digested, saved, truth, weights
 
 
@@ -187,7 +187,7 @@ def test_of_the_plans_nothing_is_read_but_what_they_begin_in(
         stream.truncate(8 << 30)  # sparse, and longer than any pickle that is read
         stream.seek(-3, os.SEEK_END)
         stream.write(data[-3:])
-    monkeypatch.setattr(metadata, "_BLOCK_NBYTES", 1000)
+    monkeypatch.setattr(parsing, "_BLOCK_NBYTES", 1000)
     reads: list[int] = []
     pread = os.pread
 

@@ -8,9 +8,10 @@ because no two ranks have equal shards of all tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from reshard.core.records import Records
 from reshard.core.tensors import Record
 from reshard.errors import IncompleteError
 from reshard.storage.local import Sources
@@ -21,17 +22,23 @@ _SAMPLE = 1 << 16
 _ITEMSIZE = 16
 
 
-def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
+def check(records: Mapping[str, Iterable[Record]], sources: Sources) -> None:
     """Refuse two files that hold the same shards of the same tensors.
 
     `records` are the checksums of each tensor's chunks, all of which are different parts of it.
     Raises `IncompleteError`.
     """
-    files: dict[str, list[tuple[str, Record]]] = {}
-    for name, found in records.items():
-        for record in found:
-            files.setdefault(record.extent.file.path, []).append((name, record))
-    seen: dict[tuple[tuple[str, int, int, int], ...], str] = {}
+    check_each(((name, record) for name, found in records.items() for record in found), sources)
+
+
+def check_each(records: Iterable[tuple[str, Record]], sources: Sources) -> None:
+    """The same for checksums that are given each with its tensor's name."""
+    files: dict[str, tuple[list[str], Records]] = {}
+    for name, record in records:
+        names, held = files.setdefault(record.extent.file.path, ([], Records()))
+        names.append(name)
+        held.add(record)
+    seen: dict[tuple[tuple[str, ...], bytes], str] = {}
     varies: dict[tuple[int, int], bool] = {}
 
     def differs(record: Record) -> bool:
@@ -40,10 +47,9 @@ def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
             varies[content] = _varies(record, sources)
         return varies[content]
 
-    for path, held in files.items():
-        content = tuple((n, r.extent.offset, r.extent.nbytes, r.crc32) for n, r in held)
-        other = seen.setdefault(content, path)
-        if other != path and any(differs(record) for _, record in held):
+    for path, (names, held) in files.items():
+        other = seen.setdefault((tuple(names), held.numbers()), path)
+        if other != path and any(map(differs, held)):
             raise IncompleteError(
                 f"it holds the same values as {Path(other).name}, but each file must hold "
                 "different shards: one rank's file was copied over another's.",

@@ -18,6 +18,7 @@ from reshard.core.findings import Finding
 from reshard.errors import Lines, NamesError, PlanError, UnsupportedError, listed
 from reshard.formats import huggingface
 from reshard.naming import NameMap, apply
+from reshard.naming.beginnings import heads
 from reshard.naming.judge import matched, pattern_of
 from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
@@ -294,12 +295,12 @@ def check_left_out(
     Raises `PlanError` for tensors that differ without `--allow`: they were trained. Beside the
     merged model, which holds them, they are a finding.
     """
-    saved = {f"{module}." for module in adapted.separated.saved}
+    saved = set(adapted.separated.saved)
     different = []
     entries = apply(fit.outputs, adapted.separated.entries)
     for name, entry in entries.items():
         own = fit.origins.get(name, name)
-        if own in adapted.separated.absent or any(own.startswith(module) for module in saved):
+        if own in adapted.separated.absent or not saved.isdisjoint(heads(own)):
             continue
         stored = base.entries.get(fit.tied_to.get(name, name))
         if stored is None or not same_values(entry, stored, sources):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Base(Struct, frozen=True):
     config: Mapping[str, Any]
     assets: tuple[Asset, ...]
     repairs: Mapping[str, object] = field(default_factory=dict)
-    records: tuple[Record, ...] = ()
+    records: Sequence[Record] = ()
     stated_class: str = ""
     modules: tuple[Module, ...] = ()
     quantised: Numbers | None = None
@@ -102,7 +102,7 @@ def base_of(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Numbers,
-    records: tuple[Record, ...],
+    records: Sequence[Record],
     sources: Sources,
 ) -> Base:
     """The base of a model folder whose config and tensors are read."""

@@ -17,6 +17,7 @@ from reshard.conversion.writing import Writing
 from reshard.core.findings import Finding
 from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST
+from reshard.core.packed import pieces
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
@@ -27,7 +28,7 @@ from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 from reshard.transfer.outcome import Outcome
-from reshard.transfer.output import Output, copy
+from reshard.transfer.output import Output, copy, put_text
 from reshard.transfer.targets import Order, target_at
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _put_beside(plan: Plan, sources: Sources, folder: Output) -> dict[str, str]:
         asset.name: copy(folder, asset.name, sources.open(asset.path)) for asset in plan.assets
     }
     for name, text in plan.texts:
-        folder.write(name, text)
+        put_text(folder, name, text)
     return copied
 
 
@@ -141,7 +142,9 @@ def plan_digest(plan: Plan) -> str:
             for described in _described(slot.source.fragments):
                 hasher.update(described.encode("utf-8", "surrogateescape"))
     for name, text in plan.texts:
-        hasher.update(f"{name}\0{len(text)}\0".encode() + text)
+        hasher.update(f"{name}\0{len(text)}\0".encode())
+        for piece in pieces(text):
+            hasher.update(piece)
     for asset in plan.assets:
         hasher.update(os.fsencode(f"{asset.name}\0{asset.path}\0"))
     return hasher.hexdigest()

@@ -31,6 +31,7 @@ from msgspec import Struct
 from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.locations import MANIFEST
+from reshard.core.packed import pieces
 from reshard.core.plan import Plan
 from reshard.core.regex import regex
 from reshard.core.state import TrainingState
@@ -193,7 +194,10 @@ def listed(plan: Plan, sources: Sources, copied: Mapping[str, str]) -> dict[str,
     """The files that a plan writes, by name; `copied` are the digests of those that are copied."""
     files = {file.name: WrittenFile(file.nbytes) for file in plan.files}
     for name, text in plan.texts:
-        files[name] = WrittenFile(len(text), xxhash.xxh3_128_hexdigest(text))
+        hasher = xxhash.xxh3_128()
+        for piece in pieces(text):
+            hasher.update(piece)
+        files[name] = WrittenFile(len(text), hasher.hexdigest())
     for asset in plan.assets:
         files[asset.name] = WrittenFile(sources.open(asset.path).size, copied[asset.name])
     return dict(sorted(files.items()))

@@ -30,7 +30,7 @@ from reshard.conversion.output_model import OutputModel
 from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
-from reshard.core.plan import OutputFile, Plan
+from reshard.core.plan import OutputFile, Plan, Texts
 from reshard.core.state import TrainingState
 from reshard.core.tensors import main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
@@ -88,7 +88,7 @@ def prepare(
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     catalog, state = training.with_state(catalog, options)
     base = None if options.base is None else read_base(options.base, sources)
-    if base is not None:
+    if base is not None and base.records:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=memory_names.chosen(options, catalog, base))
     catalog, numbers = as_numbers(catalog, base, options, sources)
@@ -125,7 +125,7 @@ def prepare(
     )
     check_strict(plan.findings, options, strict)
     _check_names(plan)
-    texts_by_name = dict(plan.texts)
+    texts_by_name = dict((*patched, *output.texts))
     changed = (
         changed_fields(model, texts_by_name[CONFIG])
         if model is not None and CONFIG in texts_by_name
@@ -280,11 +280,11 @@ def carried_along(
 
 def _files(
     output: OutputModel, options: Options
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
+) -> tuple[tuple[OutputFile, ...], Texts, tuple[Finding, ...]]:
     """The model's files and those beside it, the small files that list them, and what a user
     should know of them."""
     files: tuple[OutputFile, ...] = ()
-    texts: tuple[tuple[str, bytes], ...] = ()
+    texts: Texts = ()
     findings: tuple[Finding, ...] = ()
     if output.state is not None:
         laid = formats.state_writer(output_format(options.to)).lay_out_state(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Catalog(Struct, frozen=True):
     format: str
     origin: Origin
     entries: Mapping[str, Entry]
-    records: tuple[Record, ...] = ()
+    records: Sequence[Record] = ()
     findings: tuple[Finding, ...] = ()
     renamed: frozenset[str] = frozenset()
     unshaped: frozenset[str] = frozenset()

@@ -12,8 +12,12 @@ from msgspec import Struct
 
 from reshard.core.catalog import Asset
 from reshard.core.findings import Finding
+from reshard.core.packed import Packed
 from reshard.core.tensors import Entry, TensorSpec, nbytes_read
 from reshard.errors import OptionError
+
+#: Small files by their names, and large ones whose bytes are known.
+Texts = tuple[tuple[str, bytes | Packed], ...]
 
 
 class Slot(Struct, frozen=True, gc=False):
@@ -56,7 +60,7 @@ class Plan(Struct, frozen=True):
     """Everything that will be written: tensor files, small files with known bytes, and copies."""
 
     files: tuple[OutputFile, ...]
-    texts: tuple[tuple[str, bytes], ...] = ()
+    texts: Texts = ()
     assets: tuple[Asset, ...] = ()
     findings: tuple[Finding, ...] = ()
 

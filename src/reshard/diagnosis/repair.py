@@ -44,7 +44,7 @@ class _Repaired(Struct, frozen=True):
     name_map: NameMap
     format: str
     origin: Origin
-    records: tuple[Record, ...]
+    records: Sequence[Record]
 
 
 def write_repaired(

@@ -27,7 +27,7 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
-from reshard.core.plan import OutputFile
+from reshard.core.plan import OutputFile, Texts
 from reshard.core.regex import regex
 from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, TensorSpec
@@ -84,7 +84,7 @@ class Writable(Protocol):
 
     def lay_out(
         self, slots: Sequence[TensorToWrite], max_file_nbytes: int, /
-    ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    ) -> tuple[tuple[OutputFile, ...], Texts]:
         """Tensor files and small files."""
 
 
@@ -92,7 +92,7 @@ class Laid(Struct, frozen=True):
     """What a layout gives: tensor files, small files, and what a user should know of them."""
 
     files: tuple[OutputFile, ...]
-    texts: tuple[tuple[str, bytes], ...] = ()
+    texts: Texts = ()
     findings: tuple[Finding, ...] = ()
 
 

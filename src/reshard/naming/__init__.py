@@ -6,8 +6,9 @@ adapters, reward heads. It opens no file, builds no model and imports no framewo
 
 families, ties, architectures    **the tables to extend**: layouts, tied tensors, released tensors
 layouts, patterns, assemble      how a layout names, stacks and orients tensors
+readings, beginnings             what many names are in a layout; how many names begin and end
 schema, fields, backbone         the base as its files state it; fields and classes of its config
-search, wider, judge             find the prefix and the layouts that fit, and judge each tensor
+search, ways, wider, judge       find the prefix and the layouts that fit, and judge each tensor
 fit, steps, tied_tensors         the fit, step by step
 name_map, matching               its results: the map, and what differs
 mismatch, wrong_base             the error for a source that does not fit

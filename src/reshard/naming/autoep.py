@@ -19,6 +19,7 @@ from reshard.core.arrangement import Arrangement, Concat, Whole
 from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import IncompleteError, NamesError
+from reshard.naming.beginnings import heads
 from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
@@ -73,7 +74,7 @@ def arrangements(
 
 def _renamed(name: str, modules: frozenset[str], *, shared: bool) -> str:
     """The name in the loaded model; tensors outside the blocks keep theirs."""
-    block = next((block for block in modules if name.startswith(f"{block}.")), None)
+    block = next((head for head in heads(name) if head in modules), None)
     if block is None:
         return name
     rest = name.removeprefix(f"{block}.")

@@ -23,12 +23,9 @@ from reshard.naming.matching import Matching, Resize
 from reshard.naming.mismatch import refuse
 from reshard.naming.name_map import NameMap
 from reshard.naming.schema import Schema, is_unheld, stating_levels, text_config
-from reshard.naming.search import (
-    Candidate,
-    search,
-    sources,
-)
+from reshard.naming.search import search, sources
 from reshard.naming.steps import FitResult, Known, is_chosen
+from reshard.naming.ways import Candidate
 
 
 def fit(

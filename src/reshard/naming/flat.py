@@ -24,6 +24,7 @@ from reshard.core.rearrange import crop
 from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Shape, TensorSpec
 from reshard.errors import NamesError, PlanError, UnsupportedError, listed
+from reshard.naming.beginnings import heads
 from reshard.naming.layouts import Version
 from reshard.naming.memory import NEWEST, to_memory
 from reshard.naming.schema import Schema, says_tied
@@ -96,8 +97,8 @@ def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, En
     root = min(units, key=len)
     specs: dict[str, list[TensorSpec]] = {path: [] for path in units}
     for spec in _ordered(schema):
-        own = (path for path in units if f"{root}{spec.name}".startswith(path))
-        specs[max(own, key=len, default=root)].append(spec)
+        paths = (f"{head}." for head in reversed(heads(f"{root}{spec.name}")))
+        specs[next(filter(units.__contains__, paths), root)].append(spec)
     entries: dict[str, Entry] = {}
     for path, entry in units.items():
         total = sum(spec.numel for spec in specs[path])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -11,7 +11,8 @@ from msgspec import Struct, field
 
 from reshard.core.tensors import Shape
 from reshard.naming import ties
-from reshard.naming.layouts import Piece, Reading, Version
+from reshard.naming.layouts import Piece, Version
+from reshard.naming.readings import Reading
 from reshard.naming.schema import (
     Schema,
     comes_with_base,
@@ -96,6 +97,7 @@ class Judge:
 
     def __init__(self, owners: Mapping[str, str], schema: Schema, options: FitOptions) -> None:
         self._owners = owners
+        self._several = {own for own, count in Counter(owners.values()).items() if count > 1}
         self._options = options
         self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
         self._config = schema.config
@@ -115,9 +117,39 @@ class Judge:
             known = self._own[hub] = comes_with_base(hub, self._config)
         return known
 
+    def is_fault(self, hub: str, piece: Piece, want: Mapping[str, Piece], prefix: str) -> bool:
+        """Whether a tensor of the source is a fault, whatever else the source holds."""
+        base = want.get(hub)
+        if base is None:
+            return not self.may_be_beside(hub, piece, prefix)
+        one = piece.shape[1:] == base.shape[1:] and ties.is_known(hub)
+        return piece.shape != base.shape and not one
+
+    def may_be_beside(self, hub: str, piece: Piece, prefix: str) -> bool:
+        """Whether a tensor that the base does not have may be no fault."""
+        return (
+            ties.is_known(hub)
+            or self._owners[piece.name] in self._several
+            or self._is_constant(hub)
+            or (bool(self._options.allow) and self._options.allows(piece.name, prefix))
+        )
+
+    def may_be_absent(self, hub: str, piece: Piece) -> bool:
+        """Whether it may be no fault that the source has no tensor of this name."""
+        options = self._options
+        return (
+            options.fill_from_base
+            or ties.is_known(hub)
+            or self._comes_with_base(hub)
+            or (bool(options.allow) and options.allows(piece.name))
+        )
+
     def may_fit(self, source: Reading, base: Reading, prefix: str) -> bool:
-        """Whether no tensor contradicts the reading; most readings fail at the first."""
-        if source.misfits:
+        """Whether no tensor contradicts the reading; most readings fail at the first.
+
+        A base with misfits has tensors that no output would hold.
+        """
+        if source.misfits or base.misfits:
             return False
         return all(verdict not in FAULTS for verdict, _ in self._judge(source, base, prefix))
 
@@ -134,10 +166,14 @@ class Judge:
         have, want = source.pieces, base.pieces
         known = {**want, **have} if self._tied else have
         used: set[str] = set()
+        cut: set[str] = set()
         for hub, piece in want.items():
             stored = hub if hub in have else self._partner(hub, piece, have, want)
             if stored is not None:
-                used.add(self._owners[have[stored].name])
+                name, _, expert, *_ = have[stored]
+                used.add(self._owners[name])
+                if expert is not None:
+                    cut.add(name)
             if stored is None:
                 yield self._absent(hub, piece), hub
             elif stored == hub:
@@ -147,7 +183,8 @@ class Judge:
         for hub, piece in have.items():
             if hub not in want:
                 others = known if ties.is_head(hub) else have
-                yield self._extra(hub, piece, others, used, prefix), hub
+                held = self._owners[piece.name] in used and piece.name not in cut
+                yield self._extra(hub, piece, others, prefix, held=held), hub
 
     def _partner(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
@@ -178,10 +215,13 @@ class Judge:
         return Verdict.MISSING
 
     def _extra(
-        self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str], prefix: str
+        self, hub: str, piece: Piece, others: Mapping[str, Piece], prefix: str, *, held: bool
     ) -> Verdict:
-        """A tensor of the source that the base does not have; its partner may be among `others`."""
-        if self._owners[piece.name] in used or self._is_constant(hub):
+        """A tensor of the source that the base does not have; its partner may be among `others`.
+
+        `held`: the base has it under another name.
+        """
+        if held or self._is_constant(hub):
             return Verdict.DROPPED
         if self._options.allow and self._options.allows(piece.name, prefix):
             return Verdict.DROPPED

@@ -15,13 +15,10 @@ they fit where they hold the same hub tensors, whatever the layout of either.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 from msgspec import Struct
 
-from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import OptionError
 from reshard.naming import patterns
@@ -137,125 +134,6 @@ class View(Struct, frozen=True):
         for layout in reversed(self.layouts):
             hub, _ = patterns.rewrite(hub, layout.names)
         return hub
-
-
-class Reading(Struct, frozen=True):
-    """What a set of tensors holds if it is read through a view.
-
-    `pieces`: hub name -> where it lies. `rules`: how often each rule was used. `misfits`: names
-    without the prefix, or that read as a hub tensor which another name already gave. `allowed`:
-    names without the prefix that are left out because the user said so.
-    """
-
-    pieces: Mapping[str, Piece]
-    rules: Mapping[str, int]
-    misfits: tuple[str, ...]
-    allowed: tuple[str, ...] = ()
-
-
-class Names:
-    """Names and shapes of tensors, ready to be read through many views.
-
-    Layers and experts differ only in numbers, so a view is asked once for each *template*, the
-    name with `NUMBER` for its numbers: a few dozen for a model of 36,000 tensors.
-    """
-
-    def __init__(self, shapes: Mapping[str, Shape], prefix: str = "") -> None:
-        inside = {name for name in shapes if name.startswith(prefix) and NUMBER not in name}
-        self._rows = [
-            (name, shape, *_template(name.removeprefix(prefix)))
-            for name, shape in shapes.items()
-            if name in inside
-        ]
-        self._outside = tuple(name for name in shapes if name not in inside)
-        self._templates = sorted({template for _, _, template, _ in self._rows})
-
-    def effects(self, view: View) -> tuple[Effect, ...]:
-        """What the view does to each template; two views that do the same read the same."""
-        return tuple(view.effect(template) for template in self._templates)
-
-    def read(self, effects: tuple[Effect, ...]) -> Reading:
-        """Read the tensors through a view, given by its effects. Pieces keep prefixes."""
-        by_template = dict(zip(self._templates, effects, strict=True))
-        pieces: dict[str, Piece] = {}
-        rules: dict[str, int] = {}
-        misfits = list(self._outside)
-        for name, shape, template, numbers in self._rows:
-            effect = by_template[template]
-            if effect.stacked is None and not effect.swapped:
-                hub = _number(effect.hub, numbers)  # most tensors: without a table of their own
-                fits = hub not in pieces
-                if fits:
-                    pieces[hub] = Piece(name, shape)
-            else:
-                found = _pieces(name, shape, effect, numbers)
-                fits = not (found.keys() & pieces.keys())
-                if fits:
-                    pieces.update(found)
-            if not fits:
-                misfits.append(name)
-                continue
-            for rule in effect.rules:
-                rules[rule] = rules.get(rule, 0) + 1
-        return Reading(pieces, {_shown(rule): n for rule, n in rules.items()}, tuple(misfits))
-
-
-#: Stands for a part of a name that is a number. A name that contains it belongs to no view.
-NUMBER = "\0"
-# Experts in one tensor: far more than any model has. A shape without elements may state any number.
-_MAX_EXPERTS = 1 << 16
-
-
-def _template(name: str) -> tuple[str, tuple[str, ...]]:
-    """The name with its numbers left out, and the numbers in order."""
-    numbers = tuple(_NUMBERED.findall(name))
-    return (_NUMBERED.sub(NUMBER, name) if numbers else name), numbers
-
-
-# A part between dots that is of digits alone, whatever the script, as str.isdecimal has it.
-_NUMBERED = regex(r"(?:(?<=\.)|\A)\d+(?=\.|\Z)")
-
-
-def _number(template: str, numbers: Iterable[str]) -> str:
-    """The name that a template and its numbers make."""
-    return _format(template) % tuple(numbers)
-
-
-@lru_cache(maxsize=1024)
-def _format(template: str) -> str:
-    """The template as a format of `%`: a few dozen serve 40,000 names."""
-    return template.replace("%", "%%").replace(NUMBER, "%s")
-
-
-def _shown(rule: str) -> str:
-    return rule.replace(NUMBER, "*")
-
-
-def _pieces(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
-    """The hub tensors in one tensor."""
-    stacked = effect.stacked
-    unstacks = stacked is not None and len(shape) == 3 and shape[0] <= _MAX_EXPERTS
-    if stacked is not None and unstacks and shape[1] % len(stacked.parts) == 0:
-        return _unstack(name, shape, effect, numbers)
-    hub = _number(effect.hub, numbers)
-    if effect.swapped and len(shape) >= 2:
-        turned = (*shape[:-2], shape[-1], shape[-2])
-        return {hub: Piece(name, turned, swapped=True)}
-    return {hub: Piece(name, shape)}
-
-
-def _unstack(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
-    experts, total, columns = shape
-    parts = effect.stacked.parts if effect.stacked is not None else ()
-    rows = total // len(parts)
-    templates = [patterns.fill(part, (*effect.wild, NUMBER)) for part in parts]
-    pieces = {}
-    for expert in range(experts):
-        for place, template in enumerate(templates):
-            start = place * rows
-            hub = _number(template, (*numbers, str(expert)))
-            pieces[hub] = Piece(name, (rows, columns), expert, start, start + rows)
-    return pieces
 
 
 def parse_version(text: str) -> Version:

@@ -15,8 +15,10 @@ from reshard.core.tensors import Entry, Shape
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
-from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
+from reshard.naming.beginnings import Beginnings
+from reshard.naming.layouts import Piece, Stacked, Version, View
 from reshard.naming.name_map import apply
+from reshard.naming.readings import Below, Effects, Names, Reading
 from reshard.naming.schema import (
     backbone_part,
     bare_layout,
@@ -152,18 +154,20 @@ def _read(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Reading:
 
     A layout is theirs where each name is the one that it gives to the hub tensor read from it.
     """
-    names = Names(shapes)
+    below = Below(Names(shapes))
     known = views(config, guess=False)
     if is_bare(shapes, config):
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
-    best = names.read(names.effects(known[0]))
+    best = below.read(below.templates.effects(known[0]))
     for view in known[1:]:
         if any(layout.since is None and not layout.released for layout in view.layouts):
             continue
-        if (view.backbone and not is_backbone(config)) or _are_the_hubs(shapes, view):
+        if (view.backbone and not is_backbone(config)) or _are_the_hubs(below.members, view):
             continue
-        effects = names.effects(view)
-        reading = names.read(effects)
+        effects = below.templates.effects(view)
+        if not any(effect.rules for effect in effects.changes()):
+            continue
+        reading = below.read(effects)
         if (
             not reading.misfits
             and sum(reading.rules.values()) > sum(best.rules.values())
@@ -194,15 +198,13 @@ def _is_its_own(reading: Reading, view: View) -> bool:
     return all(placed[hub].name == piece.name for hub, piece in reading.pieces.items())
 
 
-def _orientation_is_right(
-    reading: Reading, effects: tuple[Effect, ...], config: Mapping[str, Any]
-) -> bool:
+def _orientation_is_right(reading: Reading, effects: Effects, config: Mapping[str, Any]) -> bool:
     """Whether tensors that the layout transposes have, once transposed back, the hub's orientation.
 
     The model's width decides; with a square tensor or without a stated width, the files have the
     hub's.
     """
-    if not any(effect.swapped for effect in effects):
+    if not any(effect.swapped for effect in effects.changes()):
         return True
     width = next((level["hidden_size"] for level in levels(config) if "hidden_size" in level), None)
     turned = False
@@ -253,8 +255,7 @@ def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
     generates = not classes or any(name.endswith(_GENERATING) for name in classes)
     # Unstated means tied: the default of transformers' configs is left out of config.json.
     tied = True in stated or False not in stated
-    modules = {name[:dot] for name in pieces for dot, sign in enumerate(name) if sign == "."}
-    found = ties.missing_parts(pieces, modules.__contains__)
+    found = ties.missing_parts(pieces, Beginnings(pieces))
     if generates:
         found |= ties.missing_heads(pieces, config.get("model_type"))
     for name, original in found.items():

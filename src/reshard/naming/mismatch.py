@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from heapq import nsmallest
 
 from reshard.core.tensors import Shape
 from reshard.errors import Lines, NamesError, listed, shown
 from reshard.naming import patterns, ties, value_heads, wrong_base
+from reshard.naming.beginnings import Beginnings, Endings, heads
 from reshard.naming.judge import Verdict, pattern_of
-from reshard.naming.search import Candidate
+from reshard.naming.ways import Candidate
 
 _BASE = "Check that the base is the model that was trained."
 _CHECK = (
@@ -45,7 +46,9 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
     lists the names, the nearest beside each.
     """
     source, base = candidate.source.pieces, candidate.base.pieces
-    missing = _names(base[hub].name for hub in candidate.of(Verdict.MISSING))
+    missing = _names(
+        [*candidate.base.misfits, *(base[hub].name for hub in candidate.of(Verdict.MISSING))]
+    )
     unexpected = _names(
         [*candidate.source.misfits, *(source[hub].name for hub in candidate.of(Verdict.UNEXPECTED))]
     )
@@ -170,8 +173,7 @@ def _hint(
 def _holds_otherwise(candidate: Candidate) -> bool:
     """Whether a module of the base has other tensors in the checkpoint: to leave these out and to
     fill it from the base would put untrained weights beside trained ones."""
-    lacking = [*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)]
-    modules = {head for name in lacking for head in _heads(name)}
+    modules = Beginnings([*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)])
     return any(hub.rpartition(".")[0] in modules for hub in candidate.of(Verdict.UNEXPECTED))
 
 
@@ -179,22 +181,21 @@ def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
     """The option that leaves the names out: the shortest patterns that match no name that fits."""
     left_out = set(unexpected)
     fitting = {p.name for p in candidate.source.pieces.values() if p.name not in left_out}
-    kept = {head for name in fitting for head in _heads(name)}
-    found = dict.fromkeys(
-        next((f"{pattern_of(head)}.*" for head in _heads(name) if head not in kept), None)
-        or pattern_of(name)
-        for name in unexpected
-    )
-    wide = any(fnmatchcase(name, pattern) for pattern in found for name in fitting)
-    if len(found) > _PATTERNS or wide:
+    kept = Beginnings(fitting)
+    found: dict[str, None] = {}
+    apart: tuple[str, ...] = ()
+    for name in unexpected:
+        if name.startswith(apart):
+            continue
+        head = next((head for head in heads(name) if head not in kept), None)
+        found[pattern_of(name) if head is None else f"{pattern_of(head)}.*"] = None
+        apart += () if head is None else (f"{head}.",)
+        if len(found) > _PATTERNS:
+            break
+    most = len(found) > _PATTERNS
+    if most or any(fnmatchcase(name, pattern) for pattern in found for name in fitting):
         return "--allow PATTERN ..., where * is any characters"
     return " ".join(("--allow", *(f"'{pattern}'" for pattern in found)))
-
-
-def _heads(name: str) -> Sequence[str]:
-    """The beginnings of a name up to each dot, the shortest first."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _value_head(candidate: Candidate) -> str:
@@ -224,21 +225,19 @@ class Nearest:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._by_last: defaultdict[str, list[str]] = defaultdict(list)
-        for name in names:
-            self._by_last[name.rpartition(".")[2]].append(name)
+        self._ends = Endings(names)
 
     def to(self, name: str) -> str | None:
         """The nearest name, or None where nothing is alike."""
         parts = name.split(".")
-        pool = self._by_last.get(parts[-1]) or self._names
-        for depth in range(2, len(parts) + 1):
-            tail = ".".join(parts[-depth:])
-            more = [name for name in pool if name == tail or name.endswith(f".{tail}")]
+        alike = self._ends.all
+        for depth in range(1, len(parts) + 1):
+            more = self._ends.span(".".join(parts[-depth:]))
             if not more:
                 break
-            pool = more
-        close = difflib.get_close_matches(name, pool[:_POOL], n=1, cutoff=0.5)
+            alike = more
+        pool = [self._names[place] for place in nsmallest(_POOL, self._ends.places(alike))]
+        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
         return close[0] if close else None
 
 

@@ -40,6 +40,16 @@ def fill(pattern: str, parts: Iterable[str]) -> str:
     return ".".join(next(values) if set(part) == {"*"} else part for part in pattern.split("."))
 
 
+def spelt(pattern: str) -> str:
+    """The longest part that every name which the pattern matches contains; empty where it may be
+    any name.
+
+    >>> spelt("**.mlp.experts.*.up"), spelt("**")
+    ('experts', '')
+    """
+    return max((part for part in pattern.split(".") if "*" not in part), key=len, default="")
+
+
 @lru_cache(maxsize=256)
 def _compile_any(patterns: tuple[str, ...]) -> re.Pattern[str]:
     # One expression: a model of 36,000 tensors is matched with each table a few dozen times.
@@ -59,8 +69,8 @@ def exactness(given: Iterable[str], name: str) -> int:
     2
     """
     fitting = (pattern for pattern in given if match(pattern, name) is not None)
-    spelt = (sum("*" not in part for part in pattern.split(".")) for pattern in fitting)
-    return max(spelt, default=-1)
+    counts = (sum("*" not in part for part in pattern.split(".")) for pattern in fitting)
+    return max(counts, default=-1)
 
 
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> tuple[str, tuple[str, str] | None]:

@@ -37,6 +37,8 @@ _BLOCK = regex(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
 _BEFORE = regex(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _HEAD = "lm_head.weight"
 _LISTED = 6
+# Tensors outside of the blocks that are compared with all of the base's: models have a dozen.
+_MOST_OUTSIDE = 256
 
 _Tensors = dict[str, Shape]
 
@@ -175,7 +177,7 @@ def _matched(
     """The names of what lies outside of the blocks."""
     matches: dict[str, str] = {}
     unknown = []
-    for by_name in (True, False):
+    for by_name in (True, False) if len(rest) <= _MOST_OUTSIDE else ():
         left = []
         for before, key, own in rest:
             free = [name for name in outside if name not in matches]
@@ -191,10 +193,11 @@ def _matched(
             else:
                 left.append((before, key, own))
         rest = left
+    embeddings = {shape for name, shape in outside.items() if _side(name)}
     for before, _, own in rest:
         # A head of its own, of a base that has none because it is tied.
         headless = not before and _HEAD not in matches and _HEAD not in outside
-        if headless and _is_matrix(own, shapes, outside):
+        if headless and shapes[own] in embeddings:
             matches[_HEAD] = own
         else:
             unknown.append(f"{own} {list(shapes[own])}")
@@ -223,8 +226,3 @@ def _side(name: str) -> bool:
 def _alike(mine: Shape, theirs: Shape) -> bool:
     """Whether two shapes are equal; matrices may differ in rows, which are a vocabulary's."""
     return mine == theirs or (len(mine) == len(theirs) == 2 and mine[1] == theirs[1])
-
-
-def _is_matrix(own: str, shapes: Mapping[str, Shape], outside: _Tensors) -> bool:
-    """Whether it has the shape of the base's embedding."""
-    return any(shapes[own] == shape for name, shape in outside.items() if _side(name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from reshard.core.regex import regex
@@ -33,18 +33,36 @@ def absent(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
         if len(layers) < _LEAST:
             continue
         counts = Counter(rest for held in layers.values() for rest in held)
+        most = len(layers) - len(layers) // _SHARE
+        common = {rest for rest, count in counts.items() if count >= most}
+        larger = _Larger(layers.values(), counts)
         for number, held in sorted(layers.items()):
-            lacking = {
-                rest
-                for rest, count in counts.items()
-                if rest not in held and len(layers) - count <= len(layers) // _SHARE
-            }
-            if not lacking or not any(held < other for other in layers.values()):
+            lacking = common - held
+            if not lacking or not larger.than(held):
                 continue
             modules = {rest.rpartition(".")[0].rpartition(".")[0] for rest in held}
             lost = (r for r in lacking if r.rpartition(".")[0].rpartition(".")[0] in modules)
             found += [f"{container}.{number}.{rest}" for rest in sorted(lost)]
     return tuple(found)
+
+
+class _Larger:
+    """Whether some layer has all names of another, and more; 10,000 layers may be compared."""
+
+    def __init__(self, layers: Iterable[Set[str]], counts: Mapping[str, int]) -> None:
+        self._counts = counts
+        self._holders: dict[str, list[Set[str]]] = {}
+        for held in layers:
+            for rest in held:
+                self._holders.setdefault(rest, []).append(held)
+        self._known: dict[frozenset[str], bool] = {}
+
+    def than(self, held: Set[str]) -> bool:
+        key = frozenset(held)
+        if key not in self._known:
+            rarest = min(held, key=self._counts.__getitem__)
+            self._known[key] = any(held < other for other in self._holders[rarest])
+        return self._known[key]
 
 
 def uncounted(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, int, int, str] | None:

@@ -12,7 +12,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Equal
 from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
-from reshard.naming.search import Candidate
+from reshard.naming.ways import Candidate
 
 
 class Known(Struct, frozen=True):

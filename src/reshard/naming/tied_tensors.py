@@ -12,6 +12,7 @@ from reshard.core.arrangement import Whole
 from reshard.core.findings import Finding
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import ties
+from reshard.naming.beginnings import Beginnings
 from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
 from reshard.naming.lora import methods
@@ -90,7 +91,8 @@ def judged(known: Known, written: Mapping[str, str]) -> FitResult:
                 tensor=have[hub].name,
                 unexpected=(have[hub].name,),
             )
-    for hub in candidate.of(Verdict.MATCHED) if says_tied(known.config) else ():
+    heads = filter(ties.is_head, candidate.of(Verdict.MATCHED))
+    for hub in heads if says_tied(known.config) else ():
         embedding = ties.embedding_of(hub, {**known.want, **have})
         if embedding is None or written[hub] == embedding:
             continue
@@ -190,8 +192,7 @@ def _unheld(known: Known) -> dict[str, str]:
     if not trained & ties.EMBEDDINGS:
         return heads
     names = {*known.want, *have}
-    modules = {name[:dot] for name in names for dot, sign in enumerate(name) if sign == "."}
-    for name, original in ties.missing_parts(names, modules.__contains__).items():
+    for name, original in ties.missing_parts(names, Beginnings(names)).items():
         if original not in trained:
             continue
         if not ties.is_head(name):

@@ -6,7 +6,7 @@ models have them all. Names are the hub's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from itertools import product
 
 Pair = tuple[str, str]
@@ -157,6 +157,11 @@ def embeddings_in(part: str) -> tuple[str, ...]:
     )
 
 
+def is_known(name: str) -> bool:
+    """Whether some class ties a tensor of this name."""
+    return name in _PARTNERS
+
+
 def is_head(name: str) -> bool:
     """Whether it is the name of an output head that may be tied."""
     return name in _HEAD_NAMES
@@ -216,9 +221,9 @@ def missing_heads(names: Container[str], model_type: object) -> dict[str, str]:
     }
 
 
-def missing_parts(names: Container[str], holds: Callable[[str], bool]) -> dict[str, str]:
-    """Name -> original of the predictions and copies that `names` lack, where `holds` says that
-    the module which they are a part of has other tensors."""
+def missing_parts(names: Container[str], modules: Container[str]) -> dict[str, str]:
+    """Name -> original of the predictions and copies that `names` lack, where the module which they
+    are a part of has other tensors."""
     found: dict[str, str] = {}
     for name, original in (*PREDICTIONS, *COPIES):
         module, _, leaf = name.rpartition(".")
@@ -226,7 +231,7 @@ def missing_parts(names: Container[str], holds: Callable[[str], bool]) -> dict[s
         if leaf == "bias":  # of a matrix that is stored, or was found above
             there = f"{module}.weight" in found or f"{module}.weight" in names
         else:
-            there = holds(module) or (parent != "" and holds(parent))
+            there = module in modules or (parent != "" and parent in modules)
         if there and original in names and name not in names:
             found[name] = original
     return found

@@ -16,12 +16,14 @@ Read off loaded models of transformers 5.23 (`tests/models/test_composite.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from reshard.naming.layouts import Layout, View
 from reshard.naming.schema import bare_layout, views
 
+# Prefixes that are likely: models in one checkpoint.
+_MOST = 32
 # (what a part is called, the pairs of patterns: in the base's files, in the part's module).
 _LANGUAGE, _TEXT = "model.language_model", "model.text_model"
 _HEAD = ("lm_head.**", "lm_head.**")
@@ -41,13 +43,15 @@ _PARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 def part_views(config: Mapping[str, Any], names: Collection[str]) -> tuple[View, ...]:
     """The layouts of a part of a composite model that was trained separately.
 
-    `names` are the hub's names of the whole model.
+    `names` are the hub's names of the whole model, or templates of them.
     """
     inner = [section for section in config.values() if _is_model(section)]
+    starts = tuple(f"{part}." for part, _ in _PARTS)
+    inside = [name for name in names if name.startswith(starts)]
     return tuple(
         View((*view.layouts, Layout(f"of {part} alone", (0,), names=pairs)))
         for part, pairs in _PARTS
-        if any(name.startswith(f"{part}.") for name in names)
+        if any(name.startswith(f"{part}.") for name in inside)
         for section in (*inner, {})
         for view in views(section, guess=False)
     )
@@ -58,32 +62,31 @@ def _is_model(section: object) -> bool:
 
 
 def likely_prefixes(
-    names: Iterable[str], hubs: Iterable[str], config: Mapping[str, Any]
+    names: Iterable[str],
+    first: Iterable[str],
+    config: Mapping[str, Any],
+    *,
+    guess: bool = True,
 ) -> list[str]:
     """The prefixes after which names of the model follow, by the first layer of each layout.
 
     If one file holds a policy and its reference, both are likely; the most frequent comes first.
+    `first` are the base's names on the hub, of its first layer and outside of the layers. `guess`
+    as in `views`.
     """
-    first = [hub for hub in hubs if _is_first(hub)]
+    listed = tuple(first)
     bare = bare_layout(config)
-    layouts = [view for whole in views(config) for view in (whole, View((bare, *whole.layouts)))]
-    layouts += part_views(config, first)
-    known = {view.name_here(hub) for view in layouts for hub in first}
-    found = Counter(
-        prefix for name in names for prefix, rest in _splits(name) if prefix and rest in known
-    )
+    every = views(config, guess=guess)
+    layouts = [view for whole in every for view in (whole, View((bare, *whole.layouts)))]
+    layouts += part_views(config, listed)
+    known = {view.name_here(hub) for view in layouts for hub in listed}
+    lengths = sorted({name.count(".") + 1 for name in known}, reverse=True)
+    found: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for length in lengths:
+            rest = ".".join(parts[-length:])
+            if length < len(parts) and rest in known:
+                found[name.removesuffix(rest)] += 1
     most = max(found.values(), default=0)
-    return [prefix for prefix, count in found.most_common() if 2 * count >= most]
-
-
-def _is_first(name: str) -> bool:
-    """Whether it is of the first layer, or of none."""
-    return all(part == "0" for part in name.split(".") if part.isdecimal())
-
-
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a name into a prefix, with its dot, and the rest."""
-    dot = name.find(".")
-    while dot >= 0:
-        yield name[: dot + 1], name[dot + 1 :]
-        dot = name.find(".", dot + 1)
+    return [prefix for prefix, count in found.most_common(_MOST) if 2 * count >= most]

@@ -10,6 +10,7 @@ from msgspec import Struct
 from reshard.core.tensors import Shape
 from reshard.naming import ties
 from reshard.naming.layouts import Piece
+from reshard.naming.readings import NUMBER, template_of
 
 # Kinds of tensors that only one side has, shown in the table.
 _KINDS = 4
@@ -67,16 +68,19 @@ class _Facts:
         counts: Counter[str] = Counter()
         self.kinds: dict[str, None] = {}
         for hub in pieces:
-            parts = hub.split(".")
-            at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-            if at is None:
-                continue
-            group = ".".join(parts[:at])
-            numbers[group].add(parts[at])
-            counts[group] += 1
-            self.kinds[".".join(part for part in parts[at + 1 :] if not part.isdecimal())] = None
-        self._numbers = numbers
-        self.group = counts.most_common(1)[0][0] if counts else ""
+            template, of_it = template_of(hub)
+            if of_it:
+                numbers[template].add(of_it[0])
+                counts[template] += 1
+        by_group: defaultdict[str, set[str]] = defaultdict(set)
+        sizes: Counter[str] = Counter()
+        for template, found in numbers.items():
+            group, _, rest = template.partition(NUMBER)
+            by_group[group] |= found
+            sizes[group] += counts[template]
+            self.kinds[".".join(rest.replace(f".{NUMBER}", "").split(".")[1:])] = None
+        self._numbers = by_group
+        self.group = sizes.most_common(1)[0][0] if sizes else ""
         embedding = next((pieces[n].shape for n in pieces if n in ties.EMBEDDINGS), ())
         self.rows, self.width = _sizes(embedding)
 

@@ -15,7 +15,7 @@ from reshard import formats
 from reshard.core import dtypes
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import BFLOAT16, FLOAT32, DType
-from reshard.core.plan import OutputFile, Plan
+from reshard.core.plan import OutputFile, Plan, Texts
 from reshard.core.tensors import (
     Entry,
     Extent,
@@ -32,6 +32,7 @@ from reshard.testing import truth
 from reshard.testing.truth import Array, Tensors
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Threads
+from reshard.transfer.output import put_text
 
 _UNBOUNDED = 5 * 10**9
 # Bytes of a file, so that the tensors of `truth.ordinary` need several.
@@ -56,7 +57,7 @@ class WriterConformance:
 
     def lay_out(
         self, to_write: Sequence[TensorToWrite], max_file_nbytes: int = _UNBOUNDED
-    ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    ) -> tuple[tuple[OutputFile, ...], Texts]:
         return formats.writer(output_format(self.to)).lay_out(to_write, max_file_nbytes)
 
     def write(
@@ -72,7 +73,7 @@ class WriterConformance:
         with Sources() as sources, OutputFolder(folder, "conformance") as output:
             Threads(threads).run(Plan(files), sources, output)
             for name, text in texts:
-                output.write(name, text)
+                put_text(output, name, text)
             output.commit()
         return folder
 

@@ -28,6 +28,9 @@ from reshard.transfer.output import Output
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, Stretch
 
+# CRC-32s that are sorted at a time: each takes 130 bytes then, and they come nearly in order.
+_LATE = 1 << 14
+
 
 class File(Struct):
     """An output file while it is written; `pending` segments are still to come. `late` is written
@@ -316,8 +319,11 @@ class Assembly:
         """Write what could not be known before, sync the file and give it its name."""
         name = file.output.name
         fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
-        self._put_late(name, fd, sorted(zip(*file.late, strict=True)))
+        offsets, crcs = file.late
         file.late = array("Q"), array("I")
+        for at in range(0, len(offsets), _LATE):
+            some = slice(at, at + _LATE)
+            self._put_late(name, fd, sorted(zip(offsets[some], crcs[some], strict=True)))
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import threading
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, overload
@@ -322,32 +323,46 @@ class Stretches(Sequence[Extent]):
 def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> Stretches:
     """The stretches of files that tensors lie in and no record holds, each once; those that overlap
     are one. Of tensors that are cut out of flat ones, the flat ones."""
-    files: dict[FileRef, list[tuple[int, int, int]]] = {}
+    files: defaultdict[FileRef, _Spans] = defaultdict(_Spans)
     for record in records:
-        where = record.extent
-        span = (where.offset, -(where.offset + where.nbytes), 0)
-        files.setdefault(where.file, []).append(span)
+        files[record.extent.file].add(record.extent, bare=False)
     for extent in regions(entries):
         if extent.nbytes:
-            span = (extent.offset, -(extent.offset + extent.nbytes), 1)
-            files.setdefault(extent.file, []).append(span)
+            files[extent.file].add(extent, bare=True)
     bare = Stretches()
     for file, spans in files.items():
         protected = stop = 0
-        # Of those that begin together the longest first, a record before what lies in it.
-        spans.sort()
-        for begin, end, inside in spans:
+        for begin, end, inside in spans.sorted():
             if not inside:
-                protected = max(protected, -end)
-            elif -end <= protected or -end <= stop:
+                protected = max(protected, end)
+            elif end <= protected or end <= stop:
                 continue
             elif begin < stop:
-                stop = -end
+                stop = end
                 bare.lengthen(file, stop)
             else:
-                stop = -end
+                stop = end
                 bare.add(file, begin, stop)
     return bare
+
+
+class _Spans:
+    """Stretches of a file, as columns."""
+
+    def __init__(self) -> None:
+        self._begins, self._ends, self._bare = array("Q"), array("Q"), bytearray()
+
+    def add(self, extent: Extent, *, bare: bool) -> None:
+        self._begins.append(extent.offset)
+        self._ends.append(extent.offset + extent.nbytes)
+        self._bare.append(bare)
+
+    def sorted(self) -> Iterator[tuple[int, int, int]]:
+        """Where each begins and ends. Of those that begin together the longest first, a record
+        (which was added first) before what lies in it."""
+        order = sorted(range(len(self._bare)), key=self._ends.__getitem__, reverse=True)
+        order.sort(key=self._begins.__getitem__)
+        return ((self._begins[at], self._ends[at], self._bare[at]) for at in order)
 
 
 def _combined(extent: Extent, runs: Sequence[_Run], sources: Sources) -> int:

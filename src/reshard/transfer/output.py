@@ -8,6 +8,7 @@ from typing import Protocol
 import xxhash
 
 from reshard.core.findings import Finding
+from reshard.core.packed import Packed, pieces
 from reshard.storage.source import Source
 from reshard.transfer.journal import Notebook
 from reshard.transfer.making import ReadAt
@@ -87,3 +88,15 @@ def copy(folder: Output, name: str, source: Source) -> str:
         folder.put(name, number, memoryview(data), start)
     folder.seal(name, number)
     return hasher.hexdigest()
+
+
+def put_text(folder: Output, name: str, text: bytes | Packed) -> None:
+    """Write a file whose bytes are known, a large one some at a time."""
+    if isinstance(text, bytes):
+        folder.write(name, text)
+        return
+    number, at = folder.create(name, text.nbytes), 0
+    for piece in pieces(text):
+        folder.put(name, number, memoryview(piece), at, known=True)
+        at += len(piece)
+    folder.seal(name, number)

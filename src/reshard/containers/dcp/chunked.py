@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from reshard.containers import copies
 from reshard.containers.dcp import sharing
+from reshard.containers.dcp.columns import places
 from reshard.containers.dcp.items import Items
-from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
+from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
+from reshard.core.records import Records
 from reshard.core.regex import regex
-from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
+from reshard.core.tensors import (
+    Box,
+    Entry,
+    Extent,
+    Fragment,
+    Record,
+    Shape,
+    TensorKind,
+    TensorSpec,
+)
 from reshard.core.tiling import proven, stored_whole
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
@@ -24,15 +37,16 @@ _MAX_REPEATED = 4096
 
 
 def find_tensors(
-    named: Mapping[str, Sequence[str]],
+    names: Mapping[str, str],
+    others: Mapping[str, Sequence[str]],
     metadata: Metadata,
     folder: Path,
     sources: Sources,
     *,
     located: bool = True,
-) -> tuple[dict[str, Entry], tuple[Record, ...]]:
-    """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
-    bytes. A tensor goes by its first name; the others are its aliases.
+) -> tuple[dict[str, Entry], Records]:
+    """The tensors of the keys in `names`, by the names that these are mapped to, and the checksums
+    of their bytes. `others` are the aliases of those that have any.
 
     With `located=False` it reads no item: a chunk has its file and size, but not its right offset,
     and there are no checksums.
@@ -42,15 +56,16 @@ def find_tensors(
     """
     finder = _Finder(folder, sources, located=located)
     entries: dict[str, Entry] = {}
-    records: dict[str, list[Record]] = {}
-    for key, (name, *others) in named.items():
+    records, owners = Records(), list[str]()
+    for key, name in names.items():
         entry, found = finder.entry(key, name, metadata.tensors[key])
-        if found:
-            records[name] = found
-        entries[name] = entry.aliased(tuple(others)) if others else entry
+        for record in found:
+            records.add(record)
+            owners.append(name)
+        entries[name] = entry.aliased(tuple(others[key])) if key in others else entry
     sharing.check(metadata, folder, sources)
-    copies.check(records, sources)
-    return entries, tuple(record for found in records.values() for record in found)
+    copies.check_each(zip(owners, records, strict=True), sources)
+    return entries, records
 
 
 class _Finder:
@@ -64,7 +79,7 @@ class _Finder:
         self._folder = folder
         self._located = located
         self._items = Items(folder, sources)
-        self._proven: dict[tuple[Shape, tuple[tuple[Shape, Shape], ...]], tuple[Box, ...]] = {}
+        self._proven: dict[tuple[str, Shape, tuple[tuple[Shape, Shape], ...]], _Proven] = {}
 
     def entry(self, key: str, name: str, tensor: StoredTensor) -> tuple[Entry, list[Record]]:
         """One tensor with all its chunks found, and the checksums of their bytes."""
@@ -72,9 +87,14 @@ class _Finder:
             spec = TensorSpec(name, dtypes.parse(tensor.dtype), tensor.shape)
         except UnsupportedError as error:
             raise UnsupportedError(error.message, path=self._folder, tensor=name) from None
-        layout = (spec.shape, tuple([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]))
+        cut = tuple([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
+        layout = (tensor.dtype, spec.shape, cut)
         known = self._proven.get(layout)
-        boxes = known or self._boxes(spec, tensor)
+        boxes = self._boxes(spec, tensor) if known is None else known.boxes
+        if known is not None and not self._located:
+            places = zip(tensor.chunks, known.nbytes, strict=True)
+            extents = [self._promised(spec, chunk, nbytes) for chunk, nbytes in places]
+            return _whole_or_parts(spec, boxes, extents), []
         fragments = []
         records = []
         plain = known is not None
@@ -85,15 +105,14 @@ class _Finder:
             plain = plain and item.extent.nbytes == box.numel * spec.dtype.itemsize
             if item.record is not None:
                 records.append(item.record)
-        kind: TensorKind = "parameter" if spec.dtype.floating else "buffer"
-        if plain and len(fragments) == 1:
-            return stored_whole(spec, fragments[0].in_file, kind), records
         if plain:
-            return Entry(spec, tuple(fragments), kind), records
+            extents = [fragment.in_file for fragment in fragments]
+            return _whole_or_parts(spec, boxes, extents), records
         with at(self._folder):
-            entry = proven(spec, fragments, kind)
-        if len(layout[1]) <= _MAX_REPEATED:
-            self._proven[layout] = boxes
+            entry = proven(spec, fragments, _kind(spec))
+        if len(layout[2]) <= _MAX_REPEATED:
+            nbytes = tuple([box.numel * spec.dtype.itemsize for box in boxes])
+            self._proven[layout] = _Proven(boxes, nbytes)
         return entry, records
 
     def _boxes(self, spec: TensorSpec, tensor: StoredTensor) -> tuple[Box, ...]:
@@ -109,18 +128,12 @@ class _Finder:
 
     def _item(self, key: str, spec: TensorSpec, chunk: Chunk) -> StoredItem:
         """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
-        if not chunk.copies:
-            raise IncompleteError(
-                f"the metadata does not say where its chunk at {chunk.offsets} lies.",
-                path=self._folder,
-                tensor=spec.name,
-                hint="The metadata is damaged, or the save did not finish.",
-            )
         part = TensorSpec(key, spec.dtype, chunk.sizes)
         if not self._located:
-            extents = [self._items.promised(part, copy) for copy in chunk.copies]
-            return StoredItem(spec.dtype, chunk.sizes, None, extents[0], None)
-        found = [self._items.locate(part, chunk.offsets, copy) for copy in chunk.copies]
+            extent = self._promised(spec, chunk, part.nbytes)
+            return StoredItem(spec.dtype, chunk.sizes, None, extent, None)
+        copies = self._copies(spec, chunk)
+        found = [self._items.locate(part, chunk.offsets, copy) for copy in copies]
         checksums = {item.record.crc32 for item in found if item.record is not None}
         if len(checksums) > 1:
             raise FormatError(
@@ -131,6 +144,41 @@ class _Finder:
                 "away.",
             )
         return found[0]
+
+    def _promised(self, spec: TensorSpec, chunk: Chunk, nbytes: int) -> Extent:
+        """Where a chunk of `nbytes` lies, as the metadata says."""
+        extents = [self._items.promised(nbytes, copy) for copy in self._copies(spec, chunk)]
+        return extents[0]
+
+    def _copies(self, spec: TensorSpec, chunk: Chunk) -> tuple[Location, ...]:
+        if not chunk.copies:
+            raise IncompleteError(
+                f"the metadata does not say where its chunk at {chunk.offsets} lies.",
+                path=self._folder,
+                tensor=spec.name,
+                hint="The metadata is damaged, or the save did not finish.",
+            )
+        return chunk.copies
+
+
+class _Proven(Struct, frozen=True):
+    """Boxes that are known to tile a tensor, and the bytes of each."""
+
+    boxes: tuple[Box, ...]
+    nbytes: tuple[int, ...]
+
+
+def _whole_or_parts(spec: TensorSpec, boxes: Sequence[Box], extents: Sequence[Extent]) -> Entry:
+    """The entry of extents that hold the elements of `boxes`, row-major; these tile it."""
+    if len(extents) == 1:
+        return stored_whole(spec, extents[0], _kind(spec))
+    pairs = zip(boxes, extents, strict=True)
+    fragments = tuple([Fragment(box, extent, spec.dtype) for box, extent in pairs])
+    return Entry(spec, fragments, _kind(spec))
+
+
+def _kind(spec: TensorSpec) -> TensorKind:
+    return "parameter" if spec.dtype.floating else "buffer"
 
 
 def scalar(entry: Entry) -> TensorRef:
@@ -146,11 +194,6 @@ def scalar(entry: Entry) -> TensorRef:
 
 def world_size(metadata: Metadata) -> int | None:
     """One more than the highest rank that wrote a file that is in use."""
-    files = {
-        copy.file
-        for tensor in metadata.tensors.values()
-        for chunk in tensor.chunks
-        for copy in chunk.copies
-    }
+    files = {place.file for _, place in places(metadata)}
     ranks = [int(match[1]) for file in files if (match := _RANK_DATA.fullmatch(file))]
     return max(ranks) + 1 if ranks else None

@@ -88,15 +88,15 @@ class Items:
         with item_at(source, location.offset):
             return self._zips.locate(ends)
 
-    def promised(self, chunk: TensorSpec, location: Location) -> Extent:
-        """Bytes of the item, as many as the chunk takes: of a catalog that is never read.
+    def promised(self, nbytes: int, location: Location) -> Extent:
+        """`nbytes` bytes of the item, as many as its chunk takes: of a catalog that is never read.
 
         Raises `IncompleteError` where the file is missing or short.
         """
         source = self._file(location.file)
         if not location.transforms:
             self._is_known_blob(source, location)
-        return Extent(source.ref, location.offset, chunk.nbytes)
+        return Extent(source.ref, location.offset, nbytes)
 
     def _is_known_blob(self, source: Source, location: Location) -> bool:
         """Whether a place is known to be that of a blob; what is stated of its end is not checked.

@@ -22,10 +22,12 @@ from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
 from reshard.containers.dcp import pickling
-from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTensor
+from reshard.containers.dcp.columns import Layouts, Numbers, Places, StoredTensors
+from reshard.containers.dcp.metadata import Location, Metadata
+from reshard.containers.dcp.pickling import StatePath
 from reshard.containers.torch.write import TensorArchive, TensorBytes, lay_out_tensor
 from reshard.core.dtypes import DType
-from reshard.core.plan import OutputFile, Slot
+from reshard.core.plan import OutputFile, Slot, Texts
 from reshard.core.rearrange import crop
 from reshard.core.tensors import Box, Entry, Shape, TensorSpec, whole
 
@@ -34,8 +36,6 @@ from reshard.core.tensors import Box, Entry, Shape, TensorSpec, whole
 MAX_CHUNK_NBYTES = 64 << 20
 # Bytes of a chunk's zip beside its tensor, rounded up.
 _ZIP_NBYTES = 2048
-#: Steps in the nested state dict; a number is one of a list's.
-StatePath = tuple[str | int, ...]
 #: Cuts a tensor into chunks of at most so many bytes, where rows allow it: boxes over its shape in
 #: row-major order, each one unbroken run of its elements, with the elements.
 Cut = Callable[[TensorSpec, Entry, int], Iterable[tuple[Box, Entry]]]
@@ -71,7 +71,7 @@ def lay_out(
     *,
     cut: Cut = by_rows,
     objects: Mapping[str, bytes] | None = None,
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+) -> tuple[tuple[OutputFile, ...], Texts]:
     """Files and metadata for tensors given as (spec, source, reference), in state dict order.
 
     A source's aliases become further keys of the same bytes. A file holds at most
@@ -83,57 +83,67 @@ def lay_out(
 
 def lay_out_sections(
     sections: Sequence[Section], max_file_nbytes: int, *, cut: Cut = by_rows, folder: str = ""
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+) -> tuple[tuple[OutputFile, ...], Texts]:
     """Files and metadata of one save, in a sub-folder where `folder` (`"optim_states/"`) is given.
 
     Aliases and sizes as in `lay_out`.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors = _Tensors()
     stored: dict[str, tuple[Location, ...]] = {}
     aliases: dict[str, str] = {}
     paths: dict[str, StatePath] = {}
     output: list[OutputFile] = []
+
+    def key_of(path: StatePath) -> str:
+        key = ".".join(map(str, path))
+        if path != (key,):
+            paths[key] = path
+        return key
+
     for section in sections:
         files = _Files(max_file_nbytes, section.rank)
         for spec, source, _ in section.slots:
             path = section.paths.get(spec.name, (spec.name,))
-            key = _key(path)
-            tensors[key] = _chunked(spec, source, files, max_file_nbytes, cut)
-            paths[key] = path
+            key = key_of(path)
+            tensors.add(key, spec, _chunks(spec, source, files, max_file_nbytes, cut))
             for alias in source.aliases:
-                other = (*path[:-1], alias)
-                aliases[_key(other)] = key
-                paths[_key(other)] = other
+                aliases[key_of((*path[:-1], alias))] = key
         for path, known in section.known.items():
-            data = _item(known)
-            chunk = Chunk((0,) * len(known.shape), known.shape, (files.add_object(data),))
-            paths[_key(path)] = path
-            tensors[_key(path)] = StoredTensor(known.dtype.name, known.shape, (chunk,))
+            spec = TensorSpec("", known.dtype, known.shape)
+            tensors.add(key_of(path), spec, [(whole(spec.shape), files.add_object(_item(known)))])
         for path, data in section.objects.items():
-            paths[_key(path)] = path
-            stored[_key(path)] = (files.add_object(data),)
+            stored[key_of(path)] = (files.add_object(data),)
         output += [file.output(folder, section.table) for file in files.all]
-    found = Metadata(tensors, stored, {}, None, aliases)
-    # In the order that torch writes them, aliases before objects.
-    ordered = {key: paths[key] for key in (*tensors, *aliases, *stored)}
-    return tuple(output), ((f"{folder}.metadata", pickling.dump(found, ordered)),)
+    found = Metadata(tensors.table, stored, {}, None, aliases)
+    return tuple(output), ((f"{folder}.metadata", pickling.dump(found, paths)),)
 
 
-def _key(path: StatePath) -> str:
-    return ".".join(map(str, path))
+class _Tensors:
+    """The tensors of a save, as they are laid out."""
+
+    def __init__(self) -> None:
+        self._keys, self._places, self._layouts = Numbers(), Places(), Layouts()
+        self.table = StoredTensors(self._keys, self._places)
+
+    def add(self, key: str, spec: TensorSpec, chunks: Iterable[tuple[Box, Location]]) -> None:
+        """Note a tensor's chunks, and where they lie."""
+        number = self._keys.of(key)
+        boxes, places = zip(*chunks, strict=True)
+        cut = self._layouts.cut(
+            tuple([box.offsets for box in boxes]), tuple([box.sizes for box in boxes])
+        )
+        rows = [self._places.add(number, *one) for one in zip(cut.spots, places, strict=True)]
+        self.table.add(number, self._layouts.layout(spec.dtype.name, spec.shape, cut), rows)
 
 
-def _chunked(
+def _chunks(
     spec: TensorSpec, source: Entry, files: _Files, max_file_nbytes: int, cut: Cut
-) -> StoredTensor:
-    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
-    chunks = []
-    for box, held in cut(spec, source, max_chunk_nbytes):
+) -> Iterator[tuple[Box, Location]]:
+    """Cut a tensor, and give each chunk its place."""
+    for box, held in cut(spec, source, min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)):
         archive, crcs = _archive(spec.dtype, box.sizes)
         part = spec if box.sizes == spec.shape else TensorSpec(spec.name, spec.dtype, box.sizes)
-        location = files.room(archive.nbytes).add(part, held, archive, crcs)
-        chunks.append(Chunk(box.offsets, box.sizes, (location,)))
-    return StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
+        yield box, files.room(archive.nbytes).add(part, held, archive, crcs)
 
 
 def _item(known: TensorBytes) -> bytes:

@@ -11,7 +11,11 @@ from collections.abc import Iterator, Mapping
 
 from reshard.containers.dcp.metadata import ALIASES, Location, Metadata, StoredTensor
 from reshard.containers.torch.pickler import Again, Call, Instance, Name, Pairs, Pickler
+from reshard.core.packed import Packed, Packing
 from reshard.core.tensors import Shape
+
+#: Steps in the nested state dict; a number is one of a list's.
+StatePath = tuple[str | int, ...]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"
@@ -19,47 +23,56 @@ _VERSION = "1.0.0"
 _BATCH = 1000
 
 
-def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]]) -> bytes:
+def dump(metadata: Metadata, paths: Mapping[str, StatePath]) -> bytes | Packed:
     """The bytes of a `.metadata` file, which lists each chunk and each object with one copy.
 
-    `paths` are the places of the keys in the nested state dict.
+    `paths` are the places in the nested state dict of those keys that are not at its top.
     An alias is one more key with the same chunks, which lie where the tensor's lie; the field
     `ALIASES`, which torch does not look at, says which keys are aliases.
     """
-    tensors = {**metadata.tensors}
-    tensors.update((alias, tensors[name]) for alias, name in metadata.aliases.items())
     fields: dict[str, object] = {
-        "state_dict_metadata": Pairs(_described(tensors, metadata)),
-        "planner_data": dict(paths),
-        "storage_data": Pairs(_stored(tensors, metadata)),
+        "state_dict_metadata": Pairs(_described(metadata)),
+        "planner_data": Pairs(_placed(metadata, paths)),
+        "storage_data": Pairs(_stored(metadata)),
         "version": _VERSION,
     }
     if metadata.aliases:
         fields[ALIASES] = dict(metadata.aliases)
-        # Names that only this file states are written twice, so that a reader notices a flipped
-        # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
-        fields["planner_data"] = {
-            key: tuple(Again(step) if isinstance(step, str) else step for step in path)
-            for key, path in paths.items()
-        }
-    pickler = Pickler(memo=True, batch=_BATCH)
+    packing = Packing()
+    pickler = Pickler(memo=True, batch=_BATCH, sink=packing.add)
     pickler.put(_instance("Metadata", **fields))
-    return pickler.finish()
+    packing.add(pickler.finish())
+    return packing.done()
 
 
-def _described(
-    tensors: Mapping[str, StoredTensor], metadata: Metadata
-) -> Iterator[tuple[str, Instance]]:
-    for key, tensor in tensors.items():
+def _tensors(metadata: Metadata) -> Iterator[tuple[str, StoredTensor]]:
+    """Every tensor, then every alias with its tensor."""
+    yield from metadata.tensors.items()
+    for alias, name in metadata.aliases.items():
+        yield alias, metadata.tensors[name]
+
+
+def _described(metadata: Metadata) -> Iterator[tuple[str, Instance]]:
+    for key, tensor in _tensors(metadata):
         yield key, _tensor(tensor)
     for key in metadata.objects:
         yield key, _instance("BytesStorageMetadata")
 
 
-def _stored(
-    tensors: Mapping[str, StoredTensor], metadata: Metadata
-) -> Iterator[tuple[Instance, Instance]]:
-    for key, tensor in tensors.items():
+def _placed(
+    metadata: Metadata, paths: Mapping[str, StatePath]
+) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """The keys' paths, in the order that torch writes them: aliases before objects."""
+    for key in (*metadata.tensors, *metadata.aliases, *metadata.objects):
+        path = paths.get(key, (key,))
+        # Names that only this file states are written twice, so that a reader notices a flipped
+        # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
+        twice = bool(metadata.aliases)
+        yield key, tuple(Again(s) if twice and isinstance(s, str) else s for s in path)
+
+
+def _stored(metadata: Metadata) -> Iterator[tuple[Instance, Instance]]:
+    for key, tensor in _tensors(metadata):
         for index, chunk in enumerate(tensor.chunks):
             place = _instance("MetadataIndex", fqn=key, offset=_size(chunk.offsets), index=index)
             yield place, _location(chunk.copies[0])

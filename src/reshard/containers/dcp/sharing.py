@@ -8,10 +8,11 @@ and its header keeps them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
 from itertools import pairwise
 from pathlib import Path
 
+from reshard.containers.dcp.columns import StoredTensors, places
 from reshard.containers.dcp.items import is_blob
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.errors import FormatError
@@ -32,35 +33,37 @@ def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
             tensor=key,
             hint="The metadata is damaged; copy it again, or use another checkpoint.",
         )
-    files: dict[str, list[tuple[int, int, str, Location]]] = {}
-    for key, place in _places(metadata):
-        held = (place.offset, place.offset + place.nbytes, key, place)
-        files.setdefault(place.file, []).append(held)
-    for name, places in files.items():
-        places.sort(key=lambda place: place[:2])
-        for (start, end, key, first), (other, _, second, place) in pairwise(places):
-            if other >= end or (other == start and _is_blob(folder, first, place, sources)):
+    if isinstance(metadata.tensors, StoredTensors) and metadata.tensors.apart():
+        return
+    files: dict[str, tuple[array[int], array[int], list[str]]] = {}
+    transformed: set[tuple[str, int]] = set()
+    for key, place in places(metadata):
+        begins, ends, keys = files.setdefault(place.file, (array("Q"), array("Q"), []))
+        begins.append(place.offset)
+        ends.append(place.offset + place.nbytes)
+        keys.append(key)
+        if place.transforms:
+            transformed.add((place.file, place.offset))
+    for name, (begins, ends, keys) in files.items():
+        for first, second in pairwise(_sorted(begins, ends)):
+            start, end, other = begins[first], ends[first], begins[second]
+            if other >= end:
+                continue
+            stored = other == start and (name, start) not in transformed
+            first_place = Location(name, start, end - start)
+            if stored and is_blob(sources.open(child(folder, name)), first_place):
                 continue
             raise FormatError(
-                f"bytes {other} to {end} of {name} also belong to {key!r}, and the metadata does "
-                "not declare the two as one tensor.",
+                f"bytes {other} to {end} of {name} also belong to {keys[first]!r}, and the "
+                "metadata does not declare the two as one tensor.",
                 path=folder,
-                tensor=second,
+                tensor=keys[second],
                 hint="The metadata is damaged; copy it again, or use another checkpoint.",
             )
 
 
-def _places(metadata: Metadata) -> Iterator[tuple[str, Location]]:
-    """Every item with its bytes; copies of a chunk by several ranks are separate items."""
-    for key, tensor in metadata.tensors.items():
-        for chunk in tensor.chunks:
-            for copy in chunk.copies:
-                yield key, copy
-    for key, copies in metadata.objects.items():
-        for copy in copies:
-            yield key, copy
-
-
-def _is_blob(folder: Path, first: Location, second: Location, sources: Sources) -> bool:
-    transformed = first.transforms or second.transforms
-    return not transformed and is_blob(sources.open(child(folder, first.file)), first)
+def _sorted(begins: array[int], ends: array[int]) -> list[int]:
+    """The numbers of stretches of a file, by where they begin and end."""
+    order = sorted(range(len(begins)), key=ends.__getitem__)
+    order.sort(key=begins.__getitem__)
+    return order

@@ -9,7 +9,7 @@
 """
 
 from reshard.containers.torch.known import Known
-from reshard.containers.torch.reader import check_size, check_start, read, read_pickle
+from reshard.containers.torch.reader import check_size, check_start, read, read_pickle, read_tables
 from reshard.containers.torch.records import (
     Global,
     Instance,
@@ -33,4 +33,5 @@ __all__ = [
     "check_start",
     "read",
     "read_pickle",
+    "read_tables",
 ]

@@ -8,6 +8,7 @@ anything in the file is looked up, nothing is imported, nothing of it is run.
     opcodes.py    the table: one small function an opcode
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
     repeats.py    runs of records that are spelt alike, many opcodes at a time
+    memo.py       what a pickle may recall
     handlers.py   the calls that are carried out
 
 Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata (measured), at worst 128 MB
@@ -37,9 +38,10 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed, show
+from reshard.containers.torch.memo import LEFT_OUT, Compactor, Memo, RecalledError, is_size
 from reshard.containers.torch.opcodes import TABLE
-from reshard.containers.torch.records import Global, Instance, Opaque, TensorRef
-from reshard.containers.torch.repeats import LEFT_OUT, RecalledError, Repeats
+from reshard.containers.torch.records import Global, Instance, Opaque, Shared, TensorRef
+from reshard.containers.torch.repeats import Repeats
 from reshard.containers.torch.storages import is_storage_class
 from reshard.core import dtypes
 from reshard.core.dtypes import DType
@@ -60,14 +62,17 @@ class BreaksOffError(IncompleteError):
 class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
-    `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
-    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `devices`,
-    where given, gets the texts that may be a device's name, by their places. `data` may be the
-    beginning of `nbytes`. After `run`, `unknown` holds the names that neither a handler nor
-    reshard's types know, and `recalled` the containers and records that were recalled, by id.
+    `persistent` turns a persistent id (a storage) into a value; None refuses them. `compactor`
+    takes tables apart as they are set; then records that are spelt alike become `Instance`s, and
+    `run` may raise `RecalledError`. `devices`, where given, gets the texts that may be a device's
+    name, by their places. `data` may be the beginning of `nbytes`. After `run`, `unknown` holds the
+    names that neither a handler nor reshard's types know, and `recalled` the containers and records
+    that were recalled, by id.
     """
 
     __slots__ = (
+        "begun",
+        "compactor",
         "data",
         "devices",
         "handlers",
@@ -82,6 +87,7 @@ class Machine:
         "probes",
         "recalled",
         "repeats",
+        "since",
         "stack",
         "unknown",
     )
@@ -93,7 +99,7 @@ class Machine:
         path: str,
         handlers: Mapping[str, Handler],
         persistent: PersistentId | None = None,
-        repeats: bool = False,
+        compactor: Compactor | None = None,
         devices: dict[int, bytes] | None = None,
         nbytes: int | None = None,
     ) -> None:
@@ -102,11 +108,15 @@ class Machine:
         self.path: str = path
         self.handlers: Mapping[str, Handler] = handlers
         self.persistent: PersistentId | None = persistent
-        self.repeats: Repeats | None = Repeats() if repeats else None
+        self.repeats: Repeats | None = Repeats() if compactor is not None else None
+        self.compactor: Compactor | None = compactor
         self.devices: dict[int, bytes] | None = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
-        self.memo: list[object] = []
+        # The number of the next value in the memo, at each mark and at the last one popped.
+        self.begun: list[int] = []
+        self.since: int = 0
+        self.memo: Memo = Memo()
         self.names: dict[tuple[str, str], object] = {}
         # By id of the dict: how many of its keys are neither text nor small.
         self.other_keys: dict[int, int] = {}
@@ -180,6 +190,7 @@ class Machine:
         """The values above the last mark; the stack is again what it was below."""
         values = self.stack
         self.stack = self.marks.pop()
+        self.since = self.begun.pop()
         return values
 
     def take(self, start: int, nbytes: int) -> bytes:
@@ -246,11 +257,26 @@ class Machine:
                     # A pickler writes a dictionary's keys once; the later one would hide this one.
                     raise Malformed(f"it sets the key {show(key)} twice")
                 obj[key] = value
-        elif isinstance(obj, Opaque):
+        elif type(obj) is Opaque:
             self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES
             self.append(obj, list(pairs))
         else:
-            raise Malformed(f"it sets items of a {type(obj).__name__}")
+            raise _misused(obj, "it sets items of")
+
+    def compacted(self, obj: object, flat: list[object]) -> list[object]:
+        """What is to be set of these keys and values, after the compactor took what it takes."""
+        if self.compactor is None or type(obj) is not dict or len(flat) % 2 or not flat:
+            return flat
+        if not self.compactor.takes(flat[-2], flat[-1]):
+            return flat
+        left = self.compactor.items(obj, flat)
+        self.memo.forget(self.compactor, self.since)
+        self.recalled = {
+            key: value
+            for key, value in self.recalled.items()
+            if type(value) is not tuple or not is_size(value)
+        }
+        return left
 
     def _check_key(self, obj: dict[object, object], key: object) -> None:
         if type(key) in _HARMLESS_KEYS:
@@ -272,27 +298,27 @@ class Machine:
     def append(self, obj: object, values: list[object]) -> None:
         if type(obj) is list:
             obj.extend(values)
-        elif isinstance(obj, Opaque):
+        elif type(obj) is Opaque:
             if obj.items is None:
                 obj.items = []
             obj.items.extend(values)
         else:
-            raise Malformed(f"it appends to a {type(obj).__name__}")
+            raise _misused(obj, "it appends to")
 
     def build(self, obj: object, state: object) -> None:
         """Store what would have become attributes.
 
         An OrderedDict's (`_metadata` of a state dict) and a tensor's are of no use and dropped.
         """
-        if isinstance(obj, Opaque):
+        if type(obj) is Opaque:
             obj.state = state
         elif type(obj) is not dict and not isinstance(obj, TensorRef):
-            raise Malformed(f"it sets attributes of a {type(obj).__name__}")
+            raise _misused(obj, "it sets attributes of")
 
 
 def _misused(value: object, what: str) -> Exception:
     """The error that an opcode does something to a value that is not for it."""
-    if isinstance(value, Instance) or value is LEFT_OUT:
+    if isinstance(value, Instance | Shared) or value is LEFT_OUT:
         return RecalledError()
     return Malformed(f"{what} a {type(value).__name__}")
 
@@ -314,7 +340,7 @@ def paused_gc() -> Iterator[None]:
 
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _DTYPES = {dtype.name: dtype for dtype in dtypes.ALL}
-_HARMLESS_KEYS = frozenset({bytes, bool, type(None), DType, Global, Opaque, Instance})
+_HARMLESS_KEYS = frozenset({bytes, bool, type(None), DType, Global, Opaque, Shared, Instance})
 _KEYS = _HARMLESS_KEYS | {str, int, float}
 
 

@@ -64,7 +64,6 @@ def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, pat
     """
     if all(map(_is_small, recalled)):
         return
-    limit = MAX_VALUES + MAX_VALUES_PER_BYTE * nbytes
     # As above: open values (0) count 1, and short ones that hold no others are not noted.
     counts: dict[int, int] = {}
     kept = 0
@@ -90,13 +89,19 @@ def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, pat
         if type(one) is Opaque and one.short_name == _KEPT:
             kept += count
             counts[id(one)] = 1
-        if count > limit or kept > limit:
-            raise UnsupportedError(
-                f"its pickle of {nbytes} bytes stands for more than {limit} values: it repeats its "
-                "parts over and over.",
-                path=path,
-                hint="No training framework writes such a file.",
-            )
+        check_count(max(count, kept), nbytes, path=path)
+
+
+def check_count(count: int, nbytes: int, *, path: str) -> None:
+    """Raise `UnsupportedError` where a pickle of `nbytes` stands for so many values."""
+    limit = MAX_VALUES + MAX_VALUES_PER_BYTE * nbytes
+    if count > limit:
+        raise UnsupportedError(
+            f"its pickle of {nbytes} bytes stands for more than {limit} values: it repeats its "
+            "parts over and over.",
+            path=path,
+            hint="No training framework writes such a file.",
+        )
 
 
 def _too_deep(path: str) -> UnsupportedError:

@@ -21,8 +21,9 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.memo import LEFT_OUT, RecalledError
 from reshard.containers.torch.nesting import HOLDING
-from reshard.containers.torch.repeats import LEFT_OUT, OPENING, RecalledError
+from reshard.containers.torch.repeats import OPENING
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
@@ -226,6 +227,7 @@ def _mark(m: Machine, pos: int) -> int:
     if len(m.marks) >= MAX_MARKS:
         raise m.refused(f"its pickle nests more than {MAX_MARKS} marks.")
     m.marks.append(m.stack)
+    m.begun.append(len(m.memo))
     m.stack = []
     return pos
 
@@ -332,6 +334,8 @@ def _setitem(m: Machine, pos: int) -> int:
 @_opcode("u")
 def _setitems(m: Machine, pos: int) -> int:
     pairs = m.pop_mark()
+    if m.compactor is not None:
+        pairs = m.compacted(m.stack[-1], pairs)
     m.set_items(m.stack[-1], pairs)
     return pos
 
@@ -352,9 +356,11 @@ def _get(m: Machine, index: int) -> None:
 
 def _put(m: Machine, index: int) -> None:
     if index == len(m.memo):
-        m.memo.append(m.stack[-1])
+        m.memo.recent.append(m.stack[-1])
+    elif index < m.memo.start:
+        raise RecalledError
     elif index < len(m.memo):
-        m.memo[index] = m.stack[-1]
+        m.memo.recent[index - m.memo.start] = m.stack[-1]
         if m.repeats is not None:
             m.repeats.forget()
     else:
@@ -387,7 +393,7 @@ def _long_binput(m: Machine, pos: int) -> int:
 
 @_opcode("\x94")
 def _memoize(m: Machine, pos: int) -> int:
-    m.memo.append(m.stack[-1])
+    m.memo.recent.append(m.stack[-1])
     return pos
 
 

@@ -7,7 +7,7 @@ A pickle names classes and states their fields; only the program that loads it n
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from msgspec import Struct
@@ -58,10 +58,18 @@ class Pickler:
 
     With `memo`, names and strings that recur are written once. `batch` items of a list or dict are
     pushed at a time, as Python's own pickler does, so that a reader's stack stays small; None: all.
+    `sink` gets the bytes as they are made, and `finish` gives those that are left.
     """
 
-    def __init__(self, *, memo: bool = False, batch: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        memo: bool = False,
+        batch: int | None = None,
+        sink: Callable[[bytearray], None] | None = None,
+    ) -> None:
         self._out = bytearray(b"\x80\x02")
+        self._sink = sink
         self._memo: dict[Name | str, int] | None = {} if memo else None
         self._batch = batch
 
@@ -155,3 +163,6 @@ class Pickler:
             self._out += end
             if not self._batch:
                 break
+            if self._sink is not None:
+                self._sink(self._out)
+                self._out = bytearray()

@@ -14,9 +14,9 @@ from reshard.containers.torch.legacy import PREFIX, read_legacy
 from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.containers.torch.machine import BreaksOffError, Machine, PersistentId
 from reshard.containers.torch.malformed import Malformed
+from reshard.containers.torch.memo import Compactor, Memo, RecalledError
 from reshard.containers.torch.nesting import check_depth, check_sharing
 from reshard.containers.torch.records import Pickled, Storage, TorchFile
-from reshard.containers.torch.repeats import RecalledError
 from reshard.containers.torch.storages import parse_storage_id
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, UnsupportedError
@@ -45,10 +45,8 @@ def read(
     raise sniff.not_wanted(head, nbytes, source.ref.path)
 
 
-def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
+def read_pickle(data: bytes, *, path: str) -> Pickled:
     """A bare pickle, such as the `.metadata` of a DCP checkpoint; `path` is named in errors.
-
-    With `repeats` the value holds an `Instance` in place of many an `Opaque`.
 
     >>> read_pickle(b"\\x80\\x04cos\\nsystem\\n\\x8c\\x02ls\\x85R.", path=".metadata").value
     <Opaque os.system>
@@ -56,10 +54,20 @@ def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
     Raises `FormatError`, `IncompleteError` and `UnsupportedError` as `read` does.
     """
     check_size(len(data), path=path)
-    if repeats:
-        with suppress(RecalledError):
-            return _parse(data, path, None, repeats=True)
     return _parse(data, path, None)
+
+
+def read_tables(data: bytes, compactor: Compactor, *, path: str) -> Pickled | None:
+    """A bare pickle without what `compactor` took of it; None if the pickle needs what was not
+    kept, and must be read whole.
+
+    The value holds an `Instance` in place of many an `Opaque`. Raises as `read_pickle` does.
+    """
+    check_size(len(data), path=path)
+    try:
+        return _parse(data, path, None, compactor=compactor)
+    except RecalledError:
+        return None
 
 
 def check_size(nbytes: int, *, path: str) -> None:
@@ -87,7 +95,7 @@ def _parse(
     path: str,
     persistent: PersistentId | None,
     *,
-    repeats: bool = False,
+    compactor: Compactor | None = None,
     devices: dict[int, bytes] | None = None,
 ) -> Pickled:
     machine = Machine(
@@ -95,11 +103,11 @@ def _parse(
         path=path,
         handlers=HANDLERS,
         persistent=persistent,
-        repeats=repeats,
+        compactor=compactor,
         devices=devices,
     )
     value, end = machine.run()
-    machine.memo.clear()  # what only the memo holds is a third of it
+    machine.memo = Memo()  # what only the memo holds is a third of it
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)
     check_depth(value, path=path)

@@ -54,6 +54,10 @@ class Opaque(Struct, eq=False):
         return self.reason or _KINDS.get(self.name) or f"a record of {self.name}"
 
 
+class Shared(Opaque, eq=False):
+    """An `Opaque` that stands for all that equal it, and that nothing more is set in."""
+
+
 class Instance(Struct, frozen=True, eq=False, gc=False):
     """What an `Opaque` says of an object without arguments whose state is a dict of strings,
     numbers, sizes and constants: the keys, which all such records share, and its values.

@@ -13,7 +13,7 @@ records of one class are spelt alike, but for their numbers and for which string
 ones by it: 3 us a record, which opcode by opcode takes 7. What it builds is what the opcodes would
 build, but for the class: `Instance`, which takes a third of the memory of an `Opaque`. Of what the
 opcodes would put into the memo, intermediate values are left out; a pickle that recalls such a one
-(`RecalledError`) is read again opcode by opcode.
+(`RecalledError`) is read again opcode by opcode (`memo.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
 from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
+from reshard.containers.torch.memo import LEFT_OUT
 from reshard.containers.torch.records import Global, Instance
 from reshard.core.regex import regex
 
@@ -52,16 +52,9 @@ _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
 _MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
 # Records of a run between two looks at the budgets.
 _MAX_RUN = 4096
-# Numbers and sizes that are kept to be used again.
-_MAX_KNOWN = 1 << 17
+# Sizes that are kept to be used again; numbers and records, which take more each; texts.
+_MAX_KNOWN, _MAX_SPELT, _MAX_TEXTS = 1 << 17, 1 << 14, 1 << 12
 _U32 = struct.Struct("<I").unpack_from
-#: Stands in the memo for a value that was not made.
-LEFT_OUT = object()
-
-
-class RecalledError(Exception):
-    """The pickle recalls a value that was left out."""
-
 
 _IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
 
@@ -84,8 +77,9 @@ class _Spelling(Struct, frozen=True, eq=False):
     keys: tuple[str, ...]
     fields: tuple[_Field, ...]
     groups: int
-    #: Of a spelling without strings, what was made already: chunks repeat in every layer.
-    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None
+    #: Of a spelling without strings, what was made already of the same bytes: chunks repeat in
+    #: every layer.
+    made: dict[bytes, tuple[Instance, list[object]]] | None
 
 
 class Repeats:
@@ -97,12 +91,13 @@ class Repeats:
         self._failed: Counter[Global] = Counter()
         self._ints: dict[bytes, int] = {}
         self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._texts: dict[bytes, str] = {}
+        self._texts: dict[bytes, object] = {}
         self._classes: dict[bytes, object] = {}
 
     def forget(self) -> None:
         """The memo was overwritten: the names that patterns recall may be others now."""
         self._known.clear()
+        self._texts.clear()
         self._classes.clear()
         self._following.clear()
 
@@ -116,12 +111,17 @@ class Repeats:
         if found is None:
             return pos
         first, match = found
-        memo: list[object] = []
-        made = self._make(m, first, match.groups(), memo)
-        if made is None:
-            return pos
-        m.stack[-1] = made
-        m.memo.extend(memo)
+        known = None if first.made is None else first.made.get(match[0])
+        if known is None:
+            memo: list[object] = []
+            made = self._make(m, first, match.groups(), memo)
+            if made is None:
+                return pos
+            known = made, memo
+            if first.made is not None and len(first.made) < _MAX_SPELT:
+                first.made[match[0]] = known
+        m.stack[-1] = known[0]
+        m.memo.recent += known[1]
         m.made_nbytes += CALL_NBYTES + TUPLE_NBYTES
         return self._run(m, first, match.end())
 
@@ -135,29 +135,47 @@ class Repeats:
         if pattern is None:
             source = b"".join(_GET + rb"\)" + one.source for one in cycle)
             pattern = self._following[key] = re.compile(source, re.DOTALL)
-        ends = [0]
-        for one in cycle:
-            ends.append(ends[-1] + 1 + one.groups)
+        alike = first.made if len(cycle) == 1 else None
         count = 0
         while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
-            groups = match.groups()
+            known = None if alike is None else alike.get(match[0])
+            if known is not None:
+                m.stack.append(known[0])
+                m.memo.recent += known[1]
+                count += 1
+                pos = match.end()
+                continue
             memo: list[object] = []
-            records = []
-            for one, start, end in zip(cycle, ends, ends[1:], strict=False):
-                cls = self._classes.get(groups[start])
-                if cls is None:
-                    cls = self._classes[groups[start]] = _recalled(m, groups[start])
-                if cls is one.cls:
-                    records.append(self._make(m, one, groups[start + 1 : end], memo))
-            if len(records) < len(cycle) or None in records:
+            records = self._made(m, cycle, match.groups(), memo)
+            if len(records) < len(cycle):
                 break
+            if alike is not None and len(alike) < _MAX_SPELT:
+                alike[match[0]] = records[0], memo
             m.stack.extend(records)
-            m.memo.extend(memo)
+            m.memo.recent += memo
             count += len(records)
             pos = match.end()
         m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
         m.check_budgets(pos)
         return pos
+
+    def _made(
+        self, m: Machine, cycle: list[_Spelling], groups: tuple[bytes, ...], memo: list[object]
+    ) -> list[Instance]:
+        """The records of a match of several, each after its class; fewer where one is not right."""
+        records: list[Instance] = []
+        start = 0
+        for one in cycle:
+            cls = self._classes.get(groups[start])
+            if cls is None:
+                cls = self._classes[groups[start]] = _recalled(m, groups[start])
+            end = start + 1 + one.groups
+            made = self._make(m, one, groups[start + 1 : end], memo) if cls is one.cls else None
+            if made is None:
+                break
+            records.append(made)
+            start = end
+        return records
 
     def _cycle(self, m: Machine, first: _Spelling, pos: int) -> list[_Spelling]:
         """The spellings that follow a record of `first`, up to and with the next of it."""
@@ -192,11 +210,6 @@ class Repeats:
         self, m: Machine, one: _Spelling, groups: tuple[bytes, ...], memo: list[object]
     ) -> Instance | None:
         """The record that a match spells; `memo` gets what its opcodes put into the memo."""
-        if one.made is not None:
-            found = one.made.get(groups)
-            if found is not None:
-                memo += found[1]
-                return found[0]
         values: list[object] = []
         place = len(memo)
         memo += (None, LEFT_OUT)
@@ -214,7 +227,7 @@ class Repeats:
                     if len(self._sizes) < _MAX_KNOWN:
                         self._sizes[size] = size
                 if first < last:
-                    memo.append(size)
+                    memo.append(LEFT_OUT)
                 memo += (LEFT_OUT, size)
                 values.append(size)
             elif kind == _IS_INT:
@@ -223,7 +236,7 @@ class Repeats:
                 values.append(self._int(group) if known is None else known)
             elif kind == _IS_TEXT:
                 group = groups[first]
-                value = self._text(group) if group[0] == 0x8C else _recalled(m, group)
+                value = _text(group) if group[0] == 0x8C else self._recalled_text(m, group)
                 if type(value) is not str:
                     return None
                 if group[0] == 0x8C:
@@ -233,9 +246,18 @@ class Repeats:
                 values.append(constant)
         made = Instance(one.cls.name, one.keys, tuple(values))
         memo[place] = made
-        if one.made is not None and len(one.made) < _MAX_KNOWN:
-            one.made[groups] = made, memo[place:]
         return made
+
+    def _recalled_text(self, m: Machine, raw: bytes) -> object:
+        """What an opcode recalls. Files' names are recalled for each of their items."""
+        value = self._texts.get(raw)
+        if value is None:
+            value = _recalled(m, raw)
+            if type(value) is str:
+                if len(self._texts) >= _MAX_TEXTS:
+                    self._texts.clear()
+                self._texts[raw] = value
+        return value
 
     def _int(self, raw: bytes) -> int:
         """The number that an opcode pushes. Of BININT and LONG1 with a sign."""
@@ -243,19 +265,19 @@ class Repeats:
         number = int.from_bytes(
             raw[2:] if code == 0x8A else raw[1:], "little", signed=code in (0x4A, 0x8A)
         )
-        if len(self._ints) < _MAX_KNOWN:
+        if len(self._ints) < _MAX_SPELT:
             self._ints[raw] = number
         return number
 
-    def _text(self, raw: bytes) -> str | None:
-        """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
-        known = self._texts.get(raw)
-        if known is None and len(raw) == raw[1] + 3:
-            with suppress(UnicodeDecodeError):  # the opcode may still know what to make of it
-                known = raw[2:-1].decode()
-                if len(self._texts) < _MAX_KNOWN:
-                    self._texts[raw] = known
-        return known
+
+def _text(raw: bytes) -> str | None:
+    """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
+    if len(raw) != raw[1] + 3:
+        return None
+    try:
+        return raw[2:-1].decode()
+    except UnicodeDecodeError:
+        return None  # the opcode may still know what to make of it
 
 
 def _get_at(data: bytes, pos: int) -> bytes:
@@ -320,7 +342,7 @@ def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
     source += _CLOSING
     pattern = re.compile(source, re.DOTALL)
     textless = all(one.kind != _IS_TEXT for one in fields)
-    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None = {} if textless else None
+    made: dict[bytes, tuple[Instance, list[object]]] | None = {} if textless else None
     return _Spelling(cls, source, pattern, tuple(keys), tuple(fields), groups, made)
 
 

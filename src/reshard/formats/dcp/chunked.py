@@ -27,15 +27,21 @@ def read_chunks(
     """The model's part of the checkpoint that `metadata` describes."""
     in_objects = _in_objects(metadata, folder, sources)
     inside = {_key(path): path for path in (*in_objects.tensors, *in_objects.others)}
-    chunked = {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)}
-    part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
+    part = parts.find(
+        {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)} | inside,
+        selection.prefix,
+        str(folder),
+        metadata.objects,
+    )
     _check_names(part, folder)
     entries, records = find_tensors(
-        _named(part, metadata), metadata, folder, sources, located=selection.located
+        *_named(part, metadata), metadata, folder, sources, located=selection.located
     )
     # Names of one stored tensor in a stream are tied, whatever they are.
     renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, in_objects, folder))
+    for record in in_objects.records:
+        records.add(record)
     taken = sum(key in part.names for key in {*metadata.tensors, *inside})
     return Catalog(
         format="dcp",
@@ -53,7 +59,7 @@ def read_chunks(
             },
         ),
         entries=entries,
-        records=(*records, *in_objects.records),
+        records=records,
         findings=tuple(_findings(part, in_objects)),
         renamed=renamed,
         optimizer=state.reader(folder, metadata, part, entries, sources),
@@ -87,14 +93,18 @@ def _check_names(part: parts.Part, folder: Path) -> None:
         taken.add(name)
 
 
-def _named(part: parts.Part, metadata: Metadata) -> dict[str, list[str]]:
-    """Each tensor of the part by its key, with its names there: its own first, if that is there."""
-    names: dict[str, list[str]] = {}
+def _named(part: parts.Part, metadata: Metadata) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The name of each tensor of the part by its key, its own if that is there, and the others that
+    some have."""
+    names: dict[str, str] = {}
+    others: dict[str, list[str]] = {}
     for key, name in part.names.items():
         own = metadata.aliases.get(key, key)
-        if own in metadata.tensors:
-            names.setdefault(own, []).append(name)
-    return names
+        if own in names:
+            others.setdefault(own, []).append(name)
+        elif own in metadata.tensors:
+            names[own] = name
+    return names, others
 
 
 def _whole(part: parts.Part, in_objects: ObjectTensors, folder: Path) -> Mapping[str, TensorRef]:

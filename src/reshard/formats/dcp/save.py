@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
+from reshard.containers.dcp.merging import merge
+from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.parsing import opened, unpickled
 from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage.local import Sources, child

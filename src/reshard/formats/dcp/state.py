@@ -134,11 +134,11 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, plain: PlainData) -
     if not keys.settings and not keys.moments:
         raise FormatError("it holds no state of an optimizer.", path=folder)
     steps, moments = keys.steps, keys.moments
-    tensors = {key: (tensor_name(kind, name),) for key, (kind, name) in moments.items()}
+    tensors = {key: tensor_name(kind, name) for key, (kind, name) in moments.items()}
     tensors |= {
-        key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
+        key: tensor_name(_STEP, name) for name, key in steps.items() if key in metadata.tensors
     }
-    entries, records = find_tensors(tensors, metadata, folder, plain.sources)
+    entries, records = find_tensors(tensors, {}, metadata, folder, plain.sources)
     tables: dict[str, dict[str, Entry]] = {}
     for kind, name in moments.values():
         entry = entries[tensor_name(kind, name)].renamed(name)

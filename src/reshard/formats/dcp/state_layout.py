@@ -28,7 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from reshard.containers.dcp.layout import Section, StatePath, lay_out_sections
+from reshard.containers.dcp.layout import Section, lay_out_sections
+from reshard.containers.dcp.pickling import StatePath
 from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
 from reshard.core.dtypes import INT32, INT64

@@ -111,13 +111,13 @@ def _scheduler_part(folder: Path, metadata: Metadata, plain: PlainData) -> dict[
 def _titan_counters(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, int]:
     """`train_state.step` and its like, which torchtitan saves as tensors without dimensions."""
     keys = {
-        key: (key,)
+        key: key
         for key, tensor in metadata.tensors.items()
         if metadata.paths[key][:1] == ("train_state",)
         and len(metadata.paths[key]) == 2
         and tensor.shape == ()
     }
-    entries = find_tensors(keys, metadata, folder, plain.sources)[0] if keys else {}
+    entries = find_tensors(keys, {}, metadata, folder, plain.sources)[0] if keys else {}
     counters = {}
     for key, entry in entries.items():
         value = number(scalar(entry), plain.sources)

@@ -30,7 +30,7 @@ from reshard.formats.megatron import folders
 from reshard.storage.local import Sources
 
 if TYPE_CHECKING:
-    from reshard.core.plan import OutputFile
+    from reshard.core.plan import OutputFile, Texts
 
 # Every conversion asks each format whether it knows the folder: what that takes is imported above,
 # the rest by those who need it.
@@ -51,7 +51,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def lay_out(
     slots: Sequence[TensorToWrite], max_file_nbytes: int
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+) -> tuple[tuple[OutputFile, ...], Texts]:
     """Files and small files for tensors by Megatron-Core's names."""
     from reshard.formats.megatron import layout
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from reshard.containers.dcp import layout
 from reshard.containers.torch.write import lay_out_data
 from reshard.core import rearrange
-from reshard.core.plan import OutputFile
+from reshard.core.plan import OutputFile, Texts
 from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, TensorSpec
 from reshard.formats import TensorToWrite
@@ -39,7 +39,7 @@ _OWN_LAYER = regex(r"decoder\.layers\.\d+\..+")
 
 def lay_out(
     slots: Sequence[TensorToWrite], max_file_nbytes: int
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+) -> tuple[tuple[OutputFile, ...], Texts]:
     """Files and small files for tensors by Megatron-Core's names; aliases are further such
     names."""
     named = [

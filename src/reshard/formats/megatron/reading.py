@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reshard.containers.dcp.chunked import find_tensors, world_size
-from reshard.containers.dcp.metadata import Metadata, opened, unpickled
+from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.parsing import opened, unpickled
 from reshard.containers.torch import check_size
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
@@ -35,13 +36,15 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     if not mine:
         raise _no_model(folder, metadata)
     refused.check(metadata, mine, folder)
-    keys = {key: [key] for key in mine}
+    keys = {key: key for key in mine}
+    aliases: dict[str, list[str]] = {}
     for alias, key in metadata.aliases.items():
-        if key in keys:
-            keys[key].append(alias)
+        aliases.setdefault(key, []).append(alias)
     of_masters = masters.named(metadata, mine, folder) if selection.masters else {}
-    keys.update((key, [key]) for key in of_masters.values())
-    entries, records = find_tensors(keys, metadata, folder, sources, located=selection.located)
+    keys.update((key, key) for key in of_masters.values())
+    entries, records = find_tensors(
+        keys, aliases, metadata, folder, sources, located=selection.located
+    )
     entries, findings = masters.placed(entries, of_masters, folder) if of_masters else (entries, ())
     stated = settings.read(folder, sources)
     return Catalog(

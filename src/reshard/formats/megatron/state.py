@@ -81,7 +81,7 @@ def _read(
             hint=WEIGHTS_ALONE,
         )
     keys = [key for table in (of_masters, *kinds.values()) for key in table.values()]
-    found, records = find_tensors({key: [key] for key in keys}, metadata, folder, sources)
+    found, records = find_tensors({key: key for key in keys}, {}, metadata, folder, sources)
 
     def shaped(table: Mapping[str, str], kind: str) -> dict[str, Entry]:
         made = {}

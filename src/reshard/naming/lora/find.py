@@ -23,9 +23,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
-from reshard.core.tensors import Entry, Shape, TensorSpec
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError, listed
 from reshard.naming.lora import methods
+from reshard.naming.lora.stored import Stored
 from reshard.naming.search import unwrap
 
 # PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
@@ -272,7 +273,7 @@ class _Separation:
         names = {f"{module}.weight" for module in adapters}
         entries = {name: e for entry in self._plain.values() for name, e in _split(entry, names)}
         absent = names - entries.keys()
-        stored = _Stored(self._base) if absent else None
+        stored = Stored(self._base) if absent else None
         for module, adapter in adapters.items():
             name = f"{module}.weight"
             if stored is not None and name in absent:
@@ -301,27 +302,6 @@ def _split(entry: Entry, adapted: set[str]) -> Iterable[tuple[str, Entry]]:
         return
     for name in entry.names:
         yield name, replace(entry.renamed(name), aliases=())
-
-
-class _Stored:
-    """How the base keeps a weight that the checkpoint does not hold, by the ends of its names."""
-
-    def __init__(self, base: Mapping[str, Entry]) -> None:
-        self._shapes: dict[str, set[Shape]] = {}
-        for name, entry in base.items():
-            for tail in _ends(name):
-                self._shapes.setdefault(tail, set()).add(entry.spec.shape)
-
-    def shape(self, name: str, product: tuple[int, int]) -> Shape:
-        """`product`, or its reverse where the base stores the weight transposed (a Conv1D)."""
-        found = next((self._shapes[tail] for tail in _ends(name) if tail in self._shapes), set())
-        return product[::-1] if product not in found and product[::-1] in found else product
-
-
-def _ends(name: str) -> Iterable[str]:
-    """The ends of a name of two parts or more, the longest first."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(max(len(parts) - 1, 1)))
 
 
 def _tail(parts: list[str]) -> str:

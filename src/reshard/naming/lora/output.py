@@ -16,6 +16,10 @@ from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import Adapter, Separated, name_in_peft, shape_of
 from reshard.naming.name_map import NameMap
 
+# Adapted embeddings that are compared with every other adapter: models have two. Of more, all count
+# as updated apart, which costs a head of its own at most.
+_MOST_EMBEDDINGS = 64
+
 
 def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:
     """Each updated tensor -> a key of its update; tensors with equal keys get equal changes.
@@ -24,10 +28,12 @@ def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:
     transposed. Every other update belongs to one tensor. Without `equal` no value is read.
     """
     found = {f"{module}.weight": module for module in separated.adapters}
-    linear = [a for a in separated.adapters.values() if not a.embedding and a.magnitude is None]
-    for module, adapter in separated.adapters.items():
-        if not adapter.embedding or adapter.magnitude is not None:
-            continue
+    plain = {m: a for m, a in separated.adapters.items() if a.magnitude is None}
+    linear = [adapter for adapter in plain.values() if not adapter.embedding]
+    embeddings = {module: adapter for module, adapter in plain.items() if adapter.embedding}
+    if len(embeddings) > _MOST_EMBEDDINGS:
+        return found
+    for module, adapter in embeddings.items():
         a, b = (rearrange.transpose(entry, 0, 1) for entry in (adapter.b, adapter.a))
         for other in linear:
             if _same(a, other.a, equal) and _same(b, other.b, equal):
