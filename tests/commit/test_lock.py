@@ -76,6 +76,56 @@ def test_a_run_that_was_killed_holds_nothing(tmp_path: Path, system: str) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_was_killed_as_it_removed_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had taken it aside; the next run removes it, with flock or without."""
+    dead = msgspec.json.encode(changed(pid=2**22 + 1))
+    (tmp_path / "lock").write_bytes(dead)
+    code = (
+        "import errno, fcntl, os, sys\n"
+        "def fail(*_): raise OSError(errno.ENOLCK, '')\n"
+        "fcntl.flock = fail\n"
+        "from pathlib import Path; from reshard.transfer.lock import TargetLock\n"
+        "Path.unlink = lambda *_: os.kill(os.getpid(), 9)\n"
+        "TargetLock(Path(sys.argv[1])).take()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
+    (aside,) = tmp_path.iterdir()
+    assert aside.read_bytes() == dead
+    for forget in (False, True):
+        aside.write_bytes(dead)
+        if forget:
+            forget_flock(monkeypatch)
+        lock = TargetLock(tmp_path / "lock")
+        lock.take()
+        lock.release()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_be_another_s_beside_the_lock_stays(tmp_path: Path, system: str) -> None:
+    contents = {
+        "lock.1": msgspec.json.encode(this_process()),
+        "lock.2": msgspec.json.encode(changed(pid=2**22 + 1, host="elsewhere")),
+        "lock.3": b"notes",
+        "lock.4": b"",  # a run may be about to name itself
+        "lock.txt": msgspec.json.encode(changed(pid=2**22 + 1)),
+        "other.5": msgspec.json.encode(changed(pid=2**22 + 1)),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    long_ago = time.time() - 60
+    os.utime(tmp_path / "lock.3", (long_ago, long_ago))
+    os.mkfifo(tmp_path / "lock.6")
+    (tmp_path / "lock.7").symlink_to("other.5")
+    lock = TargetLock(tmp_path / "lock")
+    lock.take()
+    lock.release()
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in contents}
+    assert kept == contents
+    assert {path.name for path in tmp_path.iterdir()} == {*contents, "lock.6", "lock.7"}
+
+
 def changed(**fields: Any) -> Owner:
     return msgspec.structs.replace(this_process(), **fields)
 

@@ -189,3 +189,23 @@ def test_experts_that_the_base_has_fewer_of_are_not_left_out() -> None:
     experts_of = [name for name in caught.value.unexpected if "experts" in name]
     assert experts_of
     assert all("experts" in name for name in experts_of)
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_no_hint_puts_the_bases_experts_in_place_of_trained_layers(fill: bool) -> None:
+    """A dense checkpoint on a base of experts: `--allow` and `--fill-from-base` would join two
+    models."""
+    many = {f"model.layers.{n}.norm.weight": (2,) for n in range(9)}
+    base = {**TIED, **many, "model.layers.0.mlp.experts.down_proj": (2, 2, 2)}
+    source = {**TIED, **many, "model.layers.0.mlp.down_proj.weight": (2, 2)}
+    with pytest.raises(NamesError, match="an unknown layout") as caught:
+        run(source, base, fill_from_base=fill)
+    assert "--allow" not in str(caught.value)
+
+
+def test_of_two_models_that_may_be_left_over_one_is_named() -> None:
+    held = {f"{part}.{name}": shape for part in ("policy", "ref") for name, shape in TIED.items()}
+    with pytest.raises(NamesError, match=r"--prefix policy or --prefix ref\.$"):
+        run(held, TIED, allow=("*",))
+    chosen = run(held, TIED, allow=("*",), prefix="policy")
+    assert tables.origin(chosen.entries[NORM]) == f"policy.{NORM}"

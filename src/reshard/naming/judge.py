@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 
 from msgspec import Struct, field
 
@@ -55,7 +57,16 @@ class FitOptions(Struct, frozen=True):
 
 def matched(names: Collection[str], patterns: Iterable[str]) -> bool:
     """Whether one of the names is matched by one of the patterns that `--allow` takes."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+    found = _matcher(tuple(patterns))
+    return any(found(name) for name in names)
+
+
+@lru_cache(maxsize=64)
+def _matcher(given: tuple[str, ...]) -> Callable[[str], object]:
+    """One expression: of 40,000 names that do not fit, each is asked for several times."""
+    if not given:
+        return lambda _: None
+    return re.compile("|".join(f"(?:{translate(pattern)})" for pattern in given)).match
 
 
 def pattern_of(name: str) -> str:

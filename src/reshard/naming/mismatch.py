@@ -163,6 +163,8 @@ def _hint(
         return f"{check} {_OTHERWISE}"
     if clashes or not unexpected or matched < len(missing) + len(unexpected):
         return check
+    if _replaced(candidate):
+        return f"{check} {_OTHERWISE}"
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
@@ -175,6 +177,18 @@ def _holds_otherwise(candidate: Candidate) -> bool:
     fill it from the base would put untrained weights beside trained ones."""
     modules = Beginnings([*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)])
     return any(hub.rpartition(".")[0] in modules for hub in candidate.of(Verdict.UNEXPECTED))
+
+
+def _replaced(candidate: Candidate) -> bool:
+    """Whether a module of which nothing fits holds one thing in the checkpoint and another in the
+    base, as a dense layer's in place of experts."""
+    lacking = Beginnings([*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)])
+    kept = Beginnings([*candidate.of(Verdict.MATCHED), *candidate.of(Verdict.RESIZED)])
+    apart = (
+        next((head for head in heads(hub) if head not in kept), None)
+        for hub in candidate.of(Verdict.UNEXPECTED)
+    )
+    return any(head is not None and head in lacking for head in apart)
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:

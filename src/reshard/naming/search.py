@@ -152,10 +152,13 @@ def _refuse_several(fitting: Iterable[Candidate], source: SourceNames) -> None:
     raise NamesError(
         f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
         unexpected=tuple(rest),
-        hint="Name the one to read: "
-        + " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in holders)
-        + ".",
+        hint=_choosing(holders),
     )
+
+
+def _choosing(prefixes: Iterable[str]) -> str:
+    options = " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in prefixes)
+    return f"Name the one to read: {options}."
 
 
 def prefixes(names: Iterable[str], given: str | None) -> Iterator[str]:
@@ -215,6 +218,12 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     if len(different) == 1:
         return different[0]
     ways = "; ".join(candidate.title for candidate in different)
+    holders = {candidate.prefix for candidate in different}
+    if "" not in holders and len(holders) == len(different):  # models, of which --allow leaves one
+        raise NamesError(
+            f"the checkpoint holds {len(different)} models that fit the base: {ways}.",
+            hint=_choosing(candidate.prefix for candidate in different),
+        )
     raise NamesError(
         f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
         f"places or orientations: {ways}.",

@@ -9,7 +9,7 @@ judged for the error message, or, of many names, those few that a sample of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from reshard.naming.schema import Schema, views_of
 
 # Names times pairs of readings on each of which a verdict is given, in search of the nearest: a
 # second. Beyond, only the likeliest pairs get one.
-_MAX_VERDICTS, _FEW = 500_000, 4
+_MAX_VERDICTS = 500_000
 # Templates by which a way is refuted, and by which ways are told apart in search of the nearest; no
 # model has as many as the latter.
 _ASKED, _COMPARED = 256, 1024
@@ -256,9 +256,7 @@ class Ways:
         common: a verdict on each name takes 2 us, and there may be 1,800 pairs."""
         ways = [way for prefix, views in asked for way in _compared(self._after(prefix), views)]
         pairs = [(way, base) for base in self._bases for way in ways]
-        if len(pairs) * self._count > _MAX_VERDICTS:
-            pairs = sorted(pairs, key=_likeness, reverse=True)[:_FEW]
-        for way, base in pairs:
+        for way, base in _likeliest(pairs) if len(pairs) * self._count > _MAX_VERDICTS else pairs:
             yield self._candidate(way, self._reading(way), base)
 
     def _after(self, prefix: str) -> Below:
@@ -359,7 +357,23 @@ def _compared(below: Below, views: Iterable[View]) -> Iterator[_Way]:
         yield _Way(below, same, effects if whole else None, _sizes(below, sample, effects))
 
 
-def _likeness(pair: tuple[_Way, _Base]) -> int:
+_Pair = tuple[_Way, _Base]
+
+
+def _likeliest(pairs: Sequence[_Pair]) -> Iterator[_Pair]:
+    """The pair with the most names in common, the first of the others, and the first after another
+    prefix, as of a second model; without the others where they have nothing in common."""
+    common = [_in_common(way, base) for way, base in pairs]
+    order = sorted(range(len(pairs)), key=lambda place: -common[place])
+    first = order[0]
+    yield pairs[first]
+    prefix = pairs[first][0].below.prefix
+    apart = [place for place in order if pairs[place][0].below.prefix != prefix]
+    for place in dict.fromkeys((*order[1:2], *apart[:1])):
+        if common[place]:
+            yield pairs[place]
+
+
+def _in_common(way: _Way, base: _Base) -> int:
     """How many names a way may have in common with a layout of the base."""
-    way, base = pair
     return sum(min(count, base.size(template)) for template, count in way.sizes.items())

@@ -6,6 +6,8 @@ The file is never renamed, so that all runs use the same one. It is locked with 
 system has no flock, creating the file is the lock, and the file's content tells a later run on the
 same machine whether its creator is alive. Whoever holds the lock removes the file at the end; a run
 that then locks the removed file finds that it is no longer the one of that name, and begins again.
+
+    .NAME.lock.PID     such a file of a killed run, which the run PID is about to remove
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -101,6 +104,7 @@ class TargetLock:
             if locked:
                 self._fd = fd
                 self._sign()
+                self._clear()
                 return
             os.close(fd)
         raise self._busy(None)
@@ -156,11 +160,10 @@ class TargetLock:
         """
         owner = _owner(fd)
         status = os.fstat(fd)
-        stale = time.time() - status.st_mtime > _NAMELESS if owner is None else owner.dead
-        if not stale:
+        if not _is_stale(owner, status):
             raise self._busy(owner)
         # Two runs may come here at once: each takes aside what has the name, and looks what it got.
-        aside = self.path.with_name(f"{self.path.name[:200]}.{os.getpid()}")
+        aside = self.path.with_name(f"{self._aside}{os.getpid()}")
         with suppress(FileNotFoundError):
             self.path.rename(aside)
             if identity_of(aside) == identity(status):
@@ -170,6 +173,19 @@ class TargetLock:
                     os.link(aside, self.path)
                 aside.unlink()
         return False
+
+    @property
+    def _aside(self) -> str:
+        """How the names begin of files that were taken aside."""
+        return f"{self.path.name[:200]}."
+
+    def _clear(self) -> None:
+        """Remove the files that runs took aside which were killed before they removed them."""
+        with suppress(OSError), os.scandir(self.path.parent) as found:
+            for one in found:
+                number = one.name.removeprefix(self._aside)
+                if number != one.name and number.isdecimal():
+                    _remove_stale(self.path.with_name(one.name))
 
     def _sign(self) -> None:
         """Write into the file who holds it: for other runs' messages, and for `_break`."""
@@ -191,6 +207,26 @@ def _owner(fd: int) -> Owner | None:
         return msgspec.json.decode(os.pread(fd, _MAX_NBYTES, 0), type=Owner)
     except (OSError, ValueError, msgspec.MsgspecError):
         return None
+
+
+def _is_stale(owner: Owner | None, status: os.stat_result) -> bool:
+    """Whether the run that made a lock file is certainly gone."""
+    if owner is not None:
+        return owner.dead
+    return time.time() - status.st_mtime > _NAMELESS
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the lock file of a run that is certainly gone; anything else stays."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS)
+        try:
+            status, owner = os.fstat(fd), _owner(fd)
+            is_lock = stat.S_ISREG(status.st_mode) and (owner is not None or status.st_size == 0)
+            if is_lock and _is_stale(owner, status):
+                path.unlink()
+        finally:
+            os.close(fd)
 
 
 def _started(pid: int) -> str:

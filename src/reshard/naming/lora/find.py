@@ -23,6 +23,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError, listed
 from reshard.naming.lora import methods
@@ -34,6 +35,7 @@ PREFIX = "base_model.model."
 _WRAPPED = f".{PREFIX}"
 # Parameters of torch's MultiheadAttention, which PEFT wraps whole.
 _ATTENTION = ("in_proj_weight", "in_proj_bias")
+_TENSORS = frozenset(methods.TENSORS)
 
 
 class Adapter(Struct, frozen=True):
@@ -112,7 +114,12 @@ def holds_adapters(entries: Iterable[str]) -> bool:
 def is_traced(names: Iterable[str], base: Iterable[str] = ()) -> bool:
     """Whether PEFT wrapped the model that has these names, by parts that the base's names lack."""
     own = methods.parts_of(base)
-    return any(_is_trace(unwrap(name).split("."), own) for name in names)
+    likely = (name for name in names if _TRACES.search(name) is not None)
+    return any(_is_trace(unwrap(name).split("."), own) for name in likely)
+
+
+# What stands in every name that has a trace of PEFT; of 40,000 others, nearly none is taken apart.
+_TRACES = regex("|".join(("lora_", "base_model", *methods.WRAPPING, *methods.PROMPTS)))
 
 
 def _is_trace(parts: list[str], own: frozenset[str]) -> bool:
@@ -209,7 +216,7 @@ class _Separation:
             if self._is_own(parts):
                 names.append(".".join(parts))
                 continue
-            if any(methods.is_of_training(part) for part in parts):
+            if methods.is_of_training(parts):
                 continue
             if self._traced:
                 _refuse(parts, self._own)
@@ -312,9 +319,9 @@ def _tail(parts: list[str]) -> str:
 
 def _taken_apart(parts: list[str]) -> _AdapterName | None:
     """The name of an adapter's tensor in its parts; None for any other."""
-    at = next((i for i, part in enumerate(parts) if part in methods.TENSORS), None)
-    if at is None:
+    if _TENSORS.isdisjoint(parts):
         return None
+    at = next(i for i, part in enumerate(parts) if part in _TENSORS)
     return _AdapterName(".".join(parts[:at]), parts[at], *_named(parts[at + 1 :]))
 
 

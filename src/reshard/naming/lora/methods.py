@@ -124,9 +124,17 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: The tensors of LoRA and DoRA.
 TENSORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # State of training, which a merge by PEFT leaves out: VeLoRA's projection, MonteCLoRA's sampler.
-_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
+_TRAINING = frozenset({"lora_velora_embed", "lora_monteclora_sampler"})
 #: Parts that PEFT puts into the names of a model that it wraps.
 WRAPPING = ("base_layer", "modules_to_save", "original_module")
+
+
+# What parts of names begin with that belong to some method; nearly no other part does.
+_STARTS = (
+    "lora_",
+    *(method.prefix for method in METHODS.values()),
+    *(setting.part for setting in REFUSED_SETTINGS.values() if setting.part is not None),
+)
 
 
 def base_changing(init: object) -> bool:
@@ -135,9 +143,9 @@ def base_changing(init: object) -> bool:
     return isinstance(init, str) and init.lower().startswith(BASE_CHANGING)
 
 
-def is_of_training(part: str) -> bool:
+def is_of_training(parts: Iterable[str]) -> bool:
     """Whether a part of a name marks a tensor that only training uses."""
-    return part in _TRAINING
+    return not _TRAINING.isdisjoint(parts)
 
 
 @lru_cache(4096)
@@ -149,7 +157,7 @@ def refused_part(part: str) -> tuple[str, bool] | None:
     >>> refused_part("lora_new")
     ("unknown parts ('lora_new')", True)
     """
-    if part in TENSORS or part in _TRAINING:
+    if not part.startswith(_STARTS) or part in TENSORS or part in _TRAINING:
         return None
     for method in METHODS.values():
         if part.startswith(method.prefix):
