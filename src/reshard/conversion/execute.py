@@ -24,6 +24,7 @@ from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
 from reshard.progress import stage
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
+from reshard.transfer import memory
 from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
@@ -74,6 +75,7 @@ def carry_out(
         kept = stated if folder.in_order else None
         del stated
         if writing.verify:
+            memory.give_back()
             verify_folder(
                 folder.partial,
                 leaf_digests=executor.leaf_digests(outcome.read_back),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 from reshard.core.fragments import strided
@@ -48,3 +49,14 @@ def peak_cpu_nbytes() -> int | None:
     # getrusage counts KiB on Linux, bytes on macOS.
     unit = 1 if platform.system() == "Darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library can be asked to (glibc).
+
+    Threads that end leave it in heaps of their own: 37 MB where four made 200,000 tensors.
+    """
+    import ctypes
+
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -11,9 +11,9 @@ anything in the file is looked up, nothing is imported, nothing of it is run.
     memo.py       what a pickle may recall
     handlers.py   the calls that are carried out
 
-Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata that is read whole, 2 where a
-compactor takes its tables (measured), at worst 128 MB and 50 bytes a byte. Time is linear in it: 3
-million opcodes a second.
+Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata that is read whole, 2 where
+a compactor takes its tables (measured), at worst 128 MB and 50 bytes a byte. Time is linear in it:
+3 million opcodes a second.
 """
 
 from __future__ import annotations
