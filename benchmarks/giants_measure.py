@@ -14,7 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.giants import MAKERS
 from benchmarks.measure import Run, run
 from benchmarks.page import GIANTS
 
@@ -45,14 +44,14 @@ _SIDE_NAMES = {"hf": "Hugging Face", "dcp": "DCP"}
 def measured(folder: Path) -> str:
     """The section, of the checkpoints that are there."""
     lines = ["| checkpoint | `inspect` | `convert --dry-run` |", "|---|---|---|"]
-    for kind in MAKERS:
+    for kind, name in _NAMES.items():
         source = folder / kind
         if not source.is_dir():
             continue
         with tempfile.TemporaryDirectory() as scratch:
             inspect = _run("inspect", os.fspath(source))
             dry = _run("convert", "--dry-run", os.fspath(source), f"{scratch}/out")
-        lines.append(f"| {_NAMES[kind]} | {_cell(inspect)} | {_cell(dry)} |")
+        lines.append(f"| {name} | {_cell(inspect)} | {_cell(dry)} |")
     load = f"{os.getloadavg()[1]:.1f} programs running"
     machine = f"{_processor()}, {load}, Python {platform.python_version()}, metadata cached."
     return "\n".join([_INTRODUCTION, *lines, "", _NOTES, *_many(folder / "many"), machine, ""])

@@ -93,13 +93,10 @@ def test_a_tensor_takes_few_bytes_beside_its_values(
 
 @pytest.mark.slow
 @needs_proc
-@pytest.mark.parametrize(
-    ("source", "to", "most"), [("hf", "hf", 256), ("hf", "dcp", 300), ("dcp", "hf", 256)]
-)
-def test_two_hundred_thousand_tensors_convert_in_little_memory(
-    tmp_path: Path, source: str, to: str, most: int
+@pytest.mark.parametrize(("source", "to"), [("hf", "hf"), ("hf", "dcp"), ("dcp", "hf")])
+def test_two_hundred_thousand_tensors_convert_under_256_mib(
+    tmp_path: Path, source: str, to: str
 ) -> None:
-    """To DCP it is 248 MiB with two threads, and 285 with four, which give less back."""
     MAKERS[source](tmp_path / "model", 200_000)
     took = peak(CODE, tmp_path / "model", tmp_path / "out", to, "keep", seconds=900)
-    assert took < most * MIB, took // MIB
+    assert took < 256 * MIB, took // MIB
