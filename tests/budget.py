@@ -47,12 +47,13 @@ def peak(code: str, *arguments: str | Path, seconds: float = 120) -> int:
     return int(_run(f"{_PEAK}{code}\nprint(peak() - start)\n", *arguments, seconds=seconds).stdout)
 
 
-def run(*arguments: str | Path) -> tuple[float, int, str]:
-    """A command's seconds, peak bytes, and what it printed."""
-    done = _run(f"{_PEAK}{_COMMAND}\nprint(time.process_time(), peak())\n", *arguments)
+def run(*arguments: str | Path, seconds: float = 120) -> tuple[float, int, str]:
+    """A command's seconds, peak bytes, and what it printed; it ends within `seconds`."""
+    code = f"{_PEAK}{_COMMAND}\nprint(time.process_time(), peak())\n"
+    done = _run(code, *arguments, seconds=seconds)
     *printed, cost = done.stdout.splitlines()
-    seconds, peak = cost.split()
-    return float(seconds), int(peak), "\n".join([*printed, done.stderr])
+    took, peak = cost.split()
+    return float(took), int(peak), "\n".join([*printed, done.stderr])
 
 
 def _run(

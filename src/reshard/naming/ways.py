@@ -192,7 +192,6 @@ class Ways:
         schema: Schema,
         options: FitOptions,
     ) -> None:
-        self._count = len(shapes)
         self._modules = Beginnings(shapes)
         self._options = options
         self._config = schema.config
@@ -201,6 +200,7 @@ class Ways:
         self._below: dict[str, Below] = {}
         self._stages: dict[int, _Sizes] = {}
         stored = {name: spec.shape for name, spec in schema.specs.items()}
+        self._count = max(len(shapes), len(stored))
         below = Below(Names(stored))
         self.guesses = max(len(self._names.members), len(below.members)) <= _GUESSED
         layouts = views_of(Beginnings(stored), "", schema.config, guess=self.guesses)
