@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.contenders import CP, CP_READ_BACK, DIRECTIONS, NO_VERIFY, RESHARD, Direction
-from benchmarks.results import Cell, Results, Row
+from benchmarks.results import Results, Row
 from benchmarks.shapes import GB
 
 _COPIES = (RESHARD, NO_VERIFY, CP, CP_READ_BACK)
@@ -47,7 +47,7 @@ def _figure(
     logarithmic: bool,
 ) -> Figure:
     """A panel for each direction that has several sizes."""
-    swept = [one for one in DIRECTIONS if len(_filled(results, one)) > 1]
+    swept = [one for one in DIRECTIONS if len(results.filled(one.key)) > 1]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.1 * max(1, -(-len(swept) // 2))), layout="constrained")
         panels = figure.subplots(max(1, -(-len(swept) // 2)), 2, squeeze=False).flat
@@ -59,7 +59,7 @@ def _figure(
             if logarithmic:
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
-                sizes = [cell.gb for cell in _filled(results, direction)]
+                sizes = [cell.gb for cell in results.filled(direction.key)]
                 panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
             else:
                 panel.set_xlim(left=0)
@@ -78,7 +78,7 @@ def _panel(
     *,
     everyone: bool,
 ) -> None:
-    own = _filled(results, direction)
+    own = results.filled(direction.key)
     ran = [row.contender for cell in own for row in cell.rows]
     names = [name for name in _COPIES if name in ran]
     others = [name for name in dict.fromkeys(ran) if name not in _COPIES] if everyone else []
@@ -96,7 +96,3 @@ def _bars(panel: Any, at: Sequence[float], rows: Sequence[Row], colour: str) -> 
     """From the least to the most."""
     for x, row in zip(at, rows, strict=True):
         panel.plot([x, x], [row.least, row.most], color=colour, linewidth=0.8, alpha=0.6)
-
-
-def _filled(results: Results, direction: Direction) -> list[Cell]:
-    return [cell for cell in results.of(direction.key) if cell.rows]

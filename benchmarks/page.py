@@ -157,7 +157,7 @@ def _glance(results: Results) -> str:
         cell = _shown(results, direction)
         if cell is None or (ours := cell.row(RESHARD)) is None:
             continue
-        copy = cell.row(CP_READ_BACK)
+        copy, ratio = cell.row(CP_READ_BACK), _against_cp(cell)
         others = [
             f"`{row.contender}` {_seconds(row.seconds)} s, {row.peak_nbytes / MIB:,.0f} MiB"
             for row in cell.rows
@@ -166,7 +166,7 @@ def _glance(results: Results) -> str:
         rows.append(
             f"| {direction.title} | {cell.gb:g} | {_seconds(ours.seconds)} s "
             f"| {'' if copy is None else f'{_seconds(copy.seconds)} s'} "
-            f"| {'' if copy is None else f'{ours.seconds / copy.seconds:.2f}'} "
+            f"| {'' if ratio is None else f'{ratio:.2f}'} "
             f"| {ours.peak_nbytes / MIB:.0f} MiB | {'; '.join(others)} |\n"
         )
     return head + "".join(rows)
@@ -197,8 +197,8 @@ def _against_cp(cell: Cell) -> float | None:
 
 
 def _large(results: Results) -> str:
-    """The sizes of which not all fits into memory."""
-    found = [cell for one in DIRECTIONS for cell in results.of(one.key, large=True) if cell.rows]
+    """The table of models whose files exceed the memory."""
+    found = [cell for one in DIRECTIONS for cell in results.filled(one.key, large=True)]
     titles = {one.key: one.title for one in DIRECTIONS}
     if not found:
         return ""
@@ -228,11 +228,11 @@ def _large(results: Results) -> str:
 
 def _far(results: Results) -> str:
     """How the large sizes compare with cp, in a sentence."""
-    found = [cell for one in DIRECTIONS for cell in results.of(one.key, large=True)]
+    found = [cell for one in DIRECTIONS for cell in results.filled(one.key, large=True)]
     ratios = [ratio for cell in found if (ratio := _against_cp(cell)) is not None]
     if not ratios:
         return ""
-    sizes = [cell.gb for cell in found if cell.rows]
+    sizes = [cell.gb for cell in found]
     peak = max(row.peak_nbytes for cell in found if (row := cell.row(RESHARD))) / MIB
     return (
         f"From {min(sizes):g} to {max(sizes):g} GB, where not all fits into memory, reshard takes "
@@ -329,16 +329,12 @@ def _skipped(results: Results) -> str:
 
 def _swept(results: Results) -> list[Direction]:
     """The directions that were measured at several sizes."""
-    return [one for one in DIRECTIONS if sum(map(bool, _filled(results, one))) > 1]
-
-
-def _filled(results: Results, direction: Direction) -> list[bool]:
-    return [bool(cell.rows) for cell in results.of(direction.key)]
+    return [one for one in DIRECTIONS if len(results.filled(one.key)) > 1]
 
 
 def _shown(results: Results, direction: Direction) -> Cell | None:
     """The cell of a direction that tables of one size show."""
-    own = [cell for cell in results.of(direction.key) if cell.rows]
+    own = results.filled(direction.key)
     return min(own, key=lambda cell: abs(cell.gb - _REFERENCE), default=None)
 
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-#: Sizes from which on a conversion's files do not all fit into the memory of a small machine.
+#: The files of a conversion of so large a model exceed the memory of a small machine.
 LARGE_GB = 4.0
 
 
@@ -108,6 +108,10 @@ class Results(Struct, frozen=True):
         own = [cell for cell in self.cells if cell.direction == direction]
         own = [cell for cell in own if (cell.gb >= LARGE_GB) == large]
         return sorted(own, key=lambda cell: cell.gb)
+
+    def filled(self, direction: str, *, large: bool = False) -> list[Cell]:
+        """Those of them that have figures."""
+        return [cell for cell in self.of(direction, large=large) if cell.rows]
 
     def with_cells(self, cells: Sequence[Cell]) -> Results:
         """These results, with other cells added to theirs or put in their place."""

@@ -20,6 +20,7 @@ from msgspec import Struct
 import reshard
 from fuzz import folders, oracle
 from reshard.containers.dcp import parsing
+from reshard.containers.dcp.tables import Tables
 from reshard.containers.torch import read, read_pickle
 from reshard.conversion import manifest
 from reshard.core.locations import MANIFEST
@@ -84,7 +85,7 @@ def _legacy_seeds() -> list[bytes]:
 def _dcp(data: bytes, folder: Path) -> None:
     """A `.metadata`, by itself and in a folder that has the file it names."""
     with suppress(ReshardError):
-        parsing.parse(read_pickle(data, path="fuzz").value, "fuzz")
+        parsing.compared(read_pickle(data, path="fuzz").value, Tables("fuzz"))
     with suppress(ReshardError):
         parsing.unpickled(data, Path("fuzz"))
     (folder / ".metadata").write_bytes(data)

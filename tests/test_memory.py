@@ -69,9 +69,6 @@ def test_memory_does_not_grow_with_the_model(
     assert abs(peaks[1] - peaks[0]) < SLACK, [size // MIB for size in peaks]
 
 
-MAKERS = {"hf": many.make_hf, "dcp": many.make_dcp}
-
-
 @needs_proc
 @pytest.mark.parametrize(
     ("source", "to", "most"), [("hf", "hf", 1500), ("hf", "dcp", 1600), ("dcp", "hf", 1600)]
@@ -85,7 +82,7 @@ def test_a_tensor_takes_few_bytes_beside_its_values(
     """
     counts, peaks = (2_000, 14_000), []
     for count in counts:
-        MAKERS[source](tmp_path / str(count), count)
+        many.MAKERS[source](tmp_path / str(count), count)
         peaks.append(peak(CODE, tmp_path / str(count), tmp_path / f"out-{count}", to, "keep"))
     each = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
     assert each < most, [size // MIB for size in peaks]
@@ -97,7 +94,7 @@ def test_a_tensor_takes_few_bytes_beside_its_values(
 def test_two_hundred_thousand_tensors_convert_under_256_mib(
     tmp_path: Path, source: str, to: str
 ) -> None:
-    MAKERS[source](tmp_path / "model", 200_000)
+    many.MAKERS[source](tmp_path / "model", 200_000)
     folders = (tmp_path / "model", tmp_path / "out")
     options = ("--to", to, "--dtype", "keep", "--threads", "4", "--quiet")
     _, took, said = run("convert", *folders, *options, seconds=900)

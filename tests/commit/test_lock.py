@@ -32,6 +32,19 @@ def forget_flock(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOLCK) -> N
     monkeypatch.setattr(fcntl, "flock", fail)
 
 
+def kill_after_taking(path: Path, *, flock: bool, before: str = "") -> None:
+    """A process that takes the lock and is killed, at the latest then; `before` runs first."""
+    code = (
+        "import errno, fcntl, os, sys\n"
+        "def fail(*_): raise OSError(errno.ENOLCK, '')\n"
+        f"if not {flock}: fcntl.flock = fail\n"
+        "from pathlib import Path; from reshard.transfer.lock import TargetLock\n"
+        f"{before}\n"
+        "TargetLock(Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)])
+
+
 def test_one_at_a_time(tmp_path: Path, system: str) -> None:
     first, second = TargetLock(tmp_path / "lock"), TargetLock(tmp_path / "lock")
     first.take()
@@ -60,14 +73,7 @@ def test_a_removed_file_is_no_lock(tmp_path: Path, system: str) -> None:
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path: Path, system: str) -> None:
     """Its file is there still; the kernel let go of it, or its process is gone."""
-    code = (
-        "import errno, fcntl, os, sys\n"
-        "def fail(*_): raise OSError(errno.ENOLCK, '')\n"
-        f"if {system != 'flock'}: fcntl.flock = fail\n"
-        "from pathlib import Path; from reshard.transfer.lock import TargetLock\n"
-        "TargetLock(Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
+    kill_after_taking(tmp_path / "lock", flock=system == "flock")
     assert (tmp_path / "lock").exists()
     lock = TargetLock(tmp_path / "lock")
     lock.take()
@@ -82,15 +88,9 @@ def test_a_run_that_was_killed_as_it_removed_such_a_file(
     """It had taken it aside; the next run removes it, with flock or without."""
     dead = msgspec.json.encode(changed(pid=2**22 + 1))
     (tmp_path / "lock").write_bytes(dead)
-    code = (
-        "import errno, fcntl, os, sys\n"
-        "def fail(*_): raise OSError(errno.ENOLCK, '')\n"
-        "fcntl.flock = fail\n"
-        "from pathlib import Path; from reshard.transfer.lock import TargetLock\n"
-        "Path.unlink = lambda *_: os.kill(os.getpid(), 9)\n"
-        "TargetLock(Path(sys.argv[1])).take()"
+    kill_after_taking(
+        tmp_path / "lock", flock=False, before="Path.unlink = lambda *_: os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
     (aside,) = tmp_path.iterdir()
     assert aside.read_bytes() == dead
     for forget in (False, True):

@@ -69,7 +69,7 @@ def check_killed(outcome: Outcome) -> None:
 
 
 def check_random_kills(outcomes: list[Outcome]) -> None:
-    """As any kill; and they hit a run's beginning and its end, or they would show little."""
+    """Each ends as any kill does. Together they hit the beginning and the end of a run."""
     for outcome in outcomes:
         check_killed(outcome)
     assert {"old", "nothing", "new"} <= {outcome.stands for outcome in outcomes}

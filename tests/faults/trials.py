@@ -97,7 +97,7 @@ class Stage:
         self.convert(overwrite=False)
         self.states["new"] = contents(self.out)
         self.source = contents(self.model)
-        #: What an ordinary run takes, in a fork as in a trial.
+        #: The seconds of an ordinary run in a fork.
         self.seconds = statistics.median(self._timed() for _ in range(5))
 
     def _make_model(self) -> None:

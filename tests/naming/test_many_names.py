@@ -37,37 +37,28 @@ def experts(count: int, module: str = "experts", before: str = "model.") -> Iter
 _DOTS = ".".join(f"p{number}" for number in range(20))
 # A part of each of some families' names, by which a view changes them.
 _PARTS = ("visual", "block_sparse_moe", "shared_expert", "language_model", "patch_embed", "W_down")
+_Make = Callable[[int], Iterator[str]]
+
+
+def numbered(form: str) -> _Make:
+    """Makes so many names of a format, in which `k` is the number of each."""
+    return lambda count: (
+        form.format(k=k, square=k * k, group=k % 7, part=_PARTS[k % 6], dots=_DOTS)
+        for k in range(count)
+    )
+
+
 #: What a checkpoint and its base are, given the number of names, and whether they fit.
-KINDS: dict[str, tuple[Callable[[int], Iterator[str]], Callable[[int], Iterator[str]], bool]] = {
+KINDS: dict[str, tuple[_Make, _Make, bool]] = {
     "other modules": (lambda n: experts(n, "specialists"), experts, False),
-    "other numbers": (
-        lambda n: (f"decoder.block.{k}.weights.{k * k}" for k in range(n)),
-        lambda n: experts(9),
-        False,
-    ),
-    "no number": (
-        lambda n: (f"w{k}.weight" for k in range(n)),
-        lambda n: (f"v{k}.weight" for k in range(n)),
-        False,
-    ),
-    "parts of families": (
-        lambda n: (f"w{k}.{_PARTS[k % 6]}.weight" for k in range(n)),
-        lambda n: (f"v{k}.{_PARTS[k % 6]}.weight" for k in range(n)),
-        False,
-    ),
-    "many dots": (lambda n: (f"a{k % 7}.c{k}.{_DOTS}" for k in range(n)), experts, False),
-    "ends alike": (
-        lambda n: (f"a{k % 7}.c{k}.{_DOTS}" for k in range(n)),
-        lambda n: (f"b{k % 7}.c{k}.{_DOTS}" for k in range(n)),
-        False,
-    ),
-    "a long beginning": (
-        lambda n: (f"{'p.' * 100}c{k}.weight" for k in range(n)),
-        experts,
-        False,
-    ),
+    "other numbers": (numbered("decoder.block.{k}.weights.{square}"), lambda n: experts(9), False),
+    "no number": (numbered("w{k}.weight"), numbered("v{k}.weight"), False),
+    "parts of families": (numbered("w{k}.{part}.weight"), numbered("v{k}.{part}.weight"), False),
+    "many dots": (numbered("a{group}.c{k}.{dots}"), experts, False),
+    "ends alike": (numbered("a{group}.c{k}.{dots}"), numbered("b{group}.c{k}.{dots}"), False),
+    "a long beginning": (numbered("p." * 100 + "c{k}.weight"), experts, False),
     "many beginnings": (
-        lambda n: (f"x{k}.norm.weight" for k in range(n)),
+        numbered("x{k}.norm.weight"),
         lambda n: iter([*experts(n), "model.norm.weight"]),
         False,
     ),
@@ -83,12 +74,8 @@ KINDS: dict[str, tuple[Callable[[int], Iterator[str]], Callable[[int], Iterator[
         False,
     ),
     "all": (lambda n: experts(n, before="actor."), experts, True),
-    "all, without a number": (
-        lambda n: (f"v{k}.weight" for k in range(n)),
-        lambda n: (f"v{k}.weight" for k in range(n)),
-        True,
-    ),
-}  # fmt: skip
+    "all, without a number": (numbered("v{k}.weight"), numbered("v{k}.weight"), True),
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "known": {"model_type": "qwen3_moe"},
     "unknown": {"model_type": "of_ours", "tie_word_embeddings": True},

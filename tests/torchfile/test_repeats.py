@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from benchmarks.giants import Size, make_megatron
 from reshard.containers.dcp.metadata import Metadata
-from reshard.containers.dcp.parsing import compared, parse, unpickled
+from reshard.containers.dcp.parsing import compared, unpickled
 from reshard.containers.dcp.tables import Tables
 from reshard.containers.torch import read_pickle, read_tables
 from reshard.containers.torch.machine import Machine
@@ -55,7 +55,7 @@ def both(data: bytes) -> Iterator[Metadata | str]:
     """What is read with runs, and opcode by opcode: the metadata, or the refusal."""
     ways: tuple[Callable[[], Metadata], ...] = (
         lambda: unpickled(data, Path("p")),
-        lambda: parse(read_pickle(data, path="p").value, "p"),
+        lambda: compared(read_pickle(data, path="p").value, Tables("p")),
     )
     for read in ways:
         try:

@@ -148,7 +148,7 @@ class _Float8(Struct, frozen=True):
 
 @lru_cache(maxsize=8)
 def _float8(code: Code, flushes: bool) -> _Float8:
-    """`flushes`: see `_flushes_subnormals`. A try of all codes, in this thread, finds the odd."""
+    """`flushes`: see `_flushes_subnormals`. This thread tries all codes, and notes the odd ones."""
     import ml_dtypes
     import numpy as np
 

@@ -52,7 +52,7 @@ class FitOptions(Struct, frozen=True):
 
     def allows(self, name: str, prefix: str = "") -> bool:
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
-        return matched({name, name.removeprefix(prefix)}, self.allow)
+        return bool(self.allow) and matched({name, name.removeprefix(prefix)}, self.allow)
 
 
 def matched(names: Collection[str], patterns: Iterable[str]) -> bool:
@@ -141,9 +141,12 @@ class Judge:
         return (
             ties.is_known(hub)
             or self._owners[piece.name] in self._several
-            or self._is_constant(hub)
-            or (bool(self._options.allow) and self._options.allows(piece.name, prefix))
+            or self._may_be_dropped(hub, piece, prefix)
         )
+
+    def _may_be_dropped(self, hub: str, piece: Piece, prefix: str) -> bool:
+        """Whether the config computes a tensor, or the user allowed to drop it."""
+        return self._is_constant(hub) or self._options.allows(piece.name, prefix)
 
     def may_be_absent(self, hub: str, piece: Piece) -> bool:
         """Whether it may be no fault that the source has no tensor of this name."""
@@ -152,13 +155,13 @@ class Judge:
             options.fill_from_base
             or ties.is_known(hub)
             or self._comes_with_base(hub)
-            or (bool(options.allow) and options.allows(piece.name))
+            or options.allows(piece.name)
         )
 
     def may_fit(self, source: Reading, base: Reading, prefix: str) -> bool:
         """Whether no tensor contradicts the reading; most readings fail at the first.
 
-        A base with misfits has tensors that no output would hold.
+        An output would lack the base's misfits.
         """
         if source.misfits or base.misfits:
             return False
@@ -221,7 +224,7 @@ class Judge:
             return Verdict.LEFT_OUT
         if options.fill_from_base or self._comes_with_base(hub):
             return Verdict.FILLED
-        if options.allow and options.allows(piece.name):
+        if options.allows(piece.name):
             return Verdict.LEFT_OUT
         return Verdict.MISSING
 
@@ -232,9 +235,7 @@ class Judge:
 
         `held`: the base has it under another name.
         """
-        if held or self._is_constant(hub):
-            return Verdict.DROPPED
-        if self._options.allow and self._options.allows(piece.name, prefix):
+        if held or self._may_be_dropped(hub, piece, prefix):
             return Verdict.DROPPED
         partner = ties.tied_partner(hub, others)
         if partner is not None and others[partner].shape == piece.shape:

@@ -19,6 +19,7 @@ from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families
+from reshard.naming.beginnings import heads
 from reshard.naming.judge import FAULTS, FitOptions, Verdict
 from reshard.naming.readings import common_start
 from reshard.naming.schema import Schema
@@ -187,7 +188,7 @@ def shared_prefixes(names: Iterable[str]) -> list[str]:
     """
     listed = tuple(names)
     common = common_start(listed) if listed else ""
-    return ["", *(common[: dot + 1] for dot, sign in enumerate(common) if sign == ".")]
+    return ["", *(f"{head}." for head in heads(common))]
 
 
 def _apart(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -39,7 +39,7 @@ _MAX_VERDICTS = 500_000
 # Templates by which a way is refuted, and by which ways are told apart in search of the nearest; no
 # model has as many as the latter.
 _ASKED, _COMPARED = 256, 1024
-# With more templates than that no layout is guessed, and only those of the base's kind are tried.
+# With more templates, the search tries the layouts of the base's kind and guesses no others.
 _GUESSED = 4096
 # Layouts that read the same names alike.
 Views = tuple[View, ...]
@@ -221,7 +221,7 @@ class Ways:
         """A prefix, and the layouts that the whole model may be in after it."""
         return prefix, views_of(self._modules, prefix, self._config, guess=self.guesses)
 
-    @property
+    @cached_property
     def hub_templates(self) -> frozenset[str]:
         """The templates of all names that the base may have on the hub."""
         stages, more = self._stages.values(), (base.more for base in self._bases)
@@ -266,7 +266,7 @@ class Ways:
         return self._below[prefix]
 
     def _questions(self, asked: Iterable[Asked]) -> Iterator[_Question]:
-        """The views that no tensor of a sample contradicts, whatever the base's layout."""
+        """The views in which every tensor of a sample has a place in some layout of the base."""
         hubs = self.hub_templates
         for prefix, views in asked:
             below = self._after(prefix)
@@ -286,12 +286,12 @@ class Ways:
     def _has_no_place(self, pieces: Mapping[str, Piece], hubs: Container[str], prefix: str) -> bool:
         """Whether one of these pieces is not among the templates, and nothing may excuse that."""
         return any(
-            template_of(hub)[0] not in hubs and not self._judge.may_be_beside(hub, piece, prefix)
+            _template(hub) not in hubs and not self._judge.may_be_beside(hub, piece, prefix)
             for hub, piece in pieces.items()
         )
 
     def _unrefuted(self, questions: Iterable[_Question], base: _Base) -> Iterator[_Way]:
-        """The ways that no tensor of the sample contradicts beside one layout of the base."""
+        """The ways in which every tensor of the sample fits this layout of the base."""
         left: dict[str, list[View]] = {}
         for question in questions:
             if not self._is_refuted(question, base):
@@ -302,8 +302,8 @@ class Ways:
                 yield _Way(below, same, effects)
 
     def _is_refuted(self, question: _Question, base: _Base) -> bool:
-        """Whether a tensor of the sample, or of the base's, is a fault. The base is read only where
-        templates do not tell."""
+        """Whether a tensor of the sample, or of the base's, is a fault. It reads the base only if
+        the templates fit."""
         pieces, prefix, judge = question.pieces, question.below.prefix, self._judge
         known = set(map(_template, pieces))
         held = {template for template in known if base.size(template)}

@@ -180,7 +180,7 @@ class TargetLock:
         return f"{self.path.name[:200]}."
 
     def _clear(self) -> None:
-        """Remove the files that runs took aside which were killed before they removed them."""
+        """Remove the files that killed runs took aside."""
         with suppress(OSError), os.scandir(self.path.parent) as found:
             for one in found:
                 number = one.name.removeprefix(self._aside)

@@ -208,7 +208,7 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return len(self._order)
 
     def apart(self) -> bool:
-        """Whether it is plain that no two items share a byte."""
+        """Whether the order of the items proves that no two share a byte."""
         return self._places.apart()
 
     def places(self) -> Iterator[tuple[str, Location]]:

@@ -72,14 +72,6 @@ def unpickled(data: bytes, path: pathlib.Path) -> Metadata:
         return compared(found.value, tables)
 
 
-def parse(value: object, path: str) -> Metadata:
-    """The metadata that the restricted reader found in the file `path`, all of it.
-
-    Raises `FormatError` where it is not what DCP writes.
-    """
-    return compared(value, Tables(path))
-
-
 def compared(value: object, tables: Tables) -> Metadata:
     """What the tables say together; `value` is what is left of the file, and is taken apart.
 
@@ -141,7 +133,7 @@ def _rows(raw: object, tables: Tables) -> dict[int, int]:
 
 
 def _unclaimed(rows: Iterable[int], tables: Tables) -> tuple[tuple[str, Shape | None], ...]:
-    """The keys and offsets of places that no key has a chunk for, in the order of the file."""
+    """Keys and offsets of the items that have a place and no chunk, in the file's order."""
     if not rows:
         return ()
     offsets = [*tables.layouts.spots]
