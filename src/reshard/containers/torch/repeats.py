@@ -21,13 +21,17 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
+from reshard.containers.torch import bulk
 from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
 from reshard.containers.torch.memo import LEFT_OUT
 from reshard.containers.torch.records import Global, Instance
+from reshard.containers.torch.rows import Column, Constant, Ledger, Rows, Size
+from reshard.containers.torch.spans import Spans
 from reshard.core.regex import regex
 
 if TYPE_CHECKING:
@@ -54,6 +58,11 @@ _MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
 _MAX_RUN = 4096
 # Sizes that are kept to be used again; numbers and records, which take more each; texts.
 _MAX_KNOWN, _MAX_SPELT, _MAX_TEXTS = 1 << 17, 1 << 14, 1 << 12
+# Bytes of a pickle from which on runs are matched in bulk, for which numpy is imported: 0.1 s.
+MIN_BULK_NBYTES = 1 << 21
+# Records that are matched one by one before, and bytes that are too few to go on.
+_MIN_RUN = 16
+_FEW_NBYTES = 1 << 15
 _U32 = struct.Struct("<I").unpack_from
 
 _IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
@@ -74,6 +83,9 @@ class _Spelling(Struct, frozen=True, eq=False):
     cls: Global
     source: bytes
     pattern: re.Pattern[bytes]
+    #: Literals, and between them a group of each kind (`bulk`).
+    parts: tuple[bytes, ...]
+    kinds: tuple[int, ...]
     keys: tuple[str, ...]
     fields: tuple[_Field, ...]
     groups: int
@@ -81,11 +93,53 @@ class _Spelling(Struct, frozen=True, eq=False):
     #: every layer.
     made: dict[bytes, tuple[Instance, list[object]]] | None
 
+    @staticmethod
+    def of(
+        cls: Global,
+        parts: Sequence[bytes],
+        kinds: Sequence[int],
+        keys: Sequence[str],
+        fields: Sequence[_Field],
+    ) -> _Spelling:
+        source = re.escape(parts[0])
+        for kind, literal in zip(kinds, parts[1:], strict=True):
+            source += (_TEXT if kind == bulk.TEXT else _INT) + re.escape(literal)
+        pattern = re.compile(source, re.DOTALL)
+        made: dict[bytes, tuple[Instance, list[object]]] | None
+        made = None if bulk.TEXT in kinds else {}
+        given = (tuple(parts), tuple(kinds), tuple(keys), tuple(fields))
+        return _Spelling(cls, source, pattern, *given, len(kinds), made)
+
+    def memoized(self) -> list[int]:
+        """How many values come into the memo before each group, without texts; at last, in all."""
+        counts: list[int] = []
+        total = 2
+        for field in self.fields:
+            counts += [total] * (
+                1 if field.kind in (_IS_INT, _IS_TEXT) else field.last - field.first
+            )
+            if field.kind == _IS_SIZE:
+                total += 2 + (field.first < field.last)
+        return [*counts, total]
+
+    def column(self, field: _Field, groups: Sequence[Any]) -> Column:
+        """A field's column, of those of the groups."""
+        if field.kind == _IS_CONSTANT:
+            return Constant(field.value)
+        if field.kind == _IS_SIZE:
+            return Size(tuple(groups[field.first : field.last]))
+        found: Column = groups[field.first]
+        return found
+
 
 class Repeats:
     """The spellings of one pickle. Forgets all of them where the memo is overwritten."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        self.spans = Spans()
+        self.ledger = Ledger()
+        self._in_bulk = nbytes >= MIN_BULK_NBYTES
+        self._plans: dict[tuple[bytes, ...], bulk.Plan] = {}
         self._known: dict[Global, list[_Spelling]] = {}
         self._following: dict[tuple[bytes, ...], re.Pattern[bytes]] = {}
         self._failed: Counter[Global] = Counter()
@@ -96,6 +150,8 @@ class Repeats:
 
     def forget(self) -> None:
         """The memo was overwritten: the names that patterns recall may be others now."""
+        self.spans.forget()
+        self._plans.clear()
         self._known.clear()
         self._texts.clear()
         self._classes.clear()
@@ -109,7 +165,7 @@ class Repeats:
             return pos
         found = self._match(m, cls, pos)
         if found is None:
-            return pos
+            return self.spans.read(m, cls, pos)
         first, match = found
         known = None if first.made is None else first.made.get(match[0])
         if known is None:
@@ -137,27 +193,67 @@ class Repeats:
             pattern = self._following[key] = re.compile(source, re.DOTALL)
         alike = first.made if len(cycle) == 1 else None
         count = 0
+        in_bulk = self._in_bulk and m.learning < pos
         while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
             known = None if alike is None else alike.get(match[0])
-            if known is not None:
+            if known is None:
+                memo: list[object] = []
+                records = self._made(m, cycle, match.groups(), memo)
+                if len(records) < len(cycle):
+                    break
+                if alike is not None and len(alike) < _MAX_SPELT:
+                    alike[match[0]] = records[0], memo
+                m.stack.extend(records)
+            else:
                 m.stack.append(known[0])
-                m.memo.recent += known[1]
-                count += 1
-                pos = match.end()
-                continue
-            memo: list[object] = []
-            records = self._made(m, cycle, match.groups(), memo)
-            if len(records) < len(cycle):
-                break
-            if alike is not None and len(alike) < _MAX_SPELT:
-                alike[match[0]] = records[0], memo
-            m.stack.extend(records)
+                memo = known[1]
             m.memo.recent += memo
-            count += len(records)
+            count += len(cycle)
             pos = match.end()
+            if in_bulk and count >= _MIN_RUN:
+                # Those that a frame cuts off are matched one by one.
+                end = self._columns(m, cycle, match.groups(), pos)
+                in_bulk = end - pos > _FEW_NBYTES
+                pos = end
         m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
         m.check_budgets(pos)
         return pos
+
+    def beyond(self, stack: list[object]) -> int:
+        """How many more records a stack stands for than it has entries."""
+        return self.ledger.extra if stack is self.ledger.stack else 0
+
+    def _columns(
+        self, m: Machine, cycle: list[_Spelling], groups: tuple[bytes, ...], pos: int
+    ) -> int:
+        """Read the records from `pos` on as columns; `groups` are those of the ones before. Returns
+        the position after them."""
+        # The classes are recalled alike: their names were compared in the match before.
+        classes = [groups[0]] if len(cycle) == 1 else [groups[0], groups[1 + cycle[0].groups]]
+        key = (*classes, *(one.source for one in cycle))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _plan(cycle, classes)
+        stop = m.frame if m.frame > pos else len(m.data)
+        found = bulk.match(m.data, pos, stop, plan, m.memo)
+        if found is None:
+            return pos
+        first = 0
+        for one in cycle:
+            own = found.columns[first : first + one.groups]
+            columns = tuple([one.column(field, own) for field in one.fields])
+            alternate = len(cycle) > 1
+            m.stack.append(
+                Rows(one.cls.name, one.keys, columns, found.count, self.ledger, alternate=alternate)
+            )
+            first += one.groups
+        if self.ledger.stack is not m.stack:
+            self.ledger.stack, self.ledger.extra = m.stack, 0
+        self.ledger.extra += (found.count - 1) * len(cycle)
+        m.memo.skip(found.memoized, found.numbers, found.texts)
+        m.made_nbytes += found.count * len(cycle) * (CALL_NBYTES + TUPLE_NBYTES)
+        m.check_budgets(found.end)
+        return found.end
 
     def _made(
         self, m: Machine, cycle: list[_Spelling], groups: tuple[bytes, ...], memo: list[object]
@@ -270,6 +366,18 @@ class Repeats:
         return number
 
 
+def _plan(cycle: Sequence[_Spelling], classes: Sequence[bytes]) -> bulk.Plan:
+    """How the records of a cycle follow each other, each after its class."""
+    literals, kinds, memo = [b""], list[int](), [0]
+    for one, raw in zip(cycle, classes, strict=True):
+        literals[-1] += raw + b")" + one.parts[0]
+        literals += one.parts[1:]
+        kinds += one.kinds
+        before = memo.pop()
+        memo += [before + count for count in one.memoized()]
+    return bulk.plan(literals, kinds, memo)
+
+
 def _text(raw: bytes) -> str | None:
     """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
     if len(raw) != raw[1] + 3:
@@ -297,65 +405,61 @@ def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
     """How the record at `pos` is spelt; None where it is not one of simple fields."""
     data = m.data
     pos += len(OPENING)
-    source = re.escape(OPENING)
+    parts, kinds = [OPENING], list[int]()
     keys: list[str] = []
     fields: list[_Field] = []
-    groups = 0
     while not data.startswith(_CLOSING, pos):
         raw = _get_at(data, pos)
         key = _recalled(m, raw) if raw else None
         if type(key) is not str or key in keys or len(keys) >= _MAX_FIELDS:
             return None
         pos += len(raw)
-        source += re.escape(raw)
+        parts[-1] += raw
         keys.append(key)
         raw = _get_at(data, pos)
         value = _recalled(m, raw) if raw else None
+        groups = len(kinds)
         if isinstance(value, Global) and value.name == _SIZE:
             found = _size(data, pos + len(raw))
             if found is None:
                 return None
-            count, spelt, pos = found
-            source += re.escape(raw) + spelt
+            opening, count, closing, pos = found
+            parts[-1] += raw + opening
+            parts += [b""] * count
+            parts[-1] += closing
+            kinds += [bulk.NATURAL] * count
             fields.append(_Field(_IS_SIZE, groups, groups + count))
-            groups += count
         elif type(value) is str or _ONE_TEXT.match(data, pos) is not None:
-            source += _TEXT
             fields.append(_Field(_IS_TEXT, groups))
-            groups += 1
+            parts.append(b"")
+            kinds.append(bulk.TEXT)
             text = _ONE_TEXT.match(data, pos)
             pos = pos + len(raw) if text is None else text.end()
         elif (match := _ONE_INT.match(data, pos)) is not None:
-            source += _INT
             fields.append(_Field(_IS_INT, groups))
-            groups += 1
+            parts.append(b"")
+            kinds.append(bulk.NUMBER)
             pos = match.end()
         elif data[pos : pos + 1] in _CONSTANTS:
             code = data[pos : pos + 1]
-            source += re.escape(code)
+            parts[-1] += code
             fields.append(_Field(_IS_CONSTANT, value=_CONSTANTS[code]))
             pos += 1
         else:
             return None
     if not keys:
         return None
-    source += _CLOSING
-    pattern = re.compile(source, re.DOTALL)
-    textless = all(one.kind != _IS_TEXT for one in fields)
-    made: dict[bytes, tuple[Instance, list[object]]] | None = {} if textless else None
-    return _Spelling(cls, source, pattern, tuple(keys), tuple(fields), groups, made)
+    parts[-1] += _CLOSING
+    return _Spelling.of(cls, parts, kinds, keys, fields)
 
 
-def _size(data: bytes, pos: int) -> tuple[int, bytes, int] | None:
-    """The size at `pos`, after the name of its class: its dimensions, its pattern, its end."""
-    marked = data[pos : pos + 1] == b"("
-    pos += marked
+def _size(data: bytes, pos: int) -> tuple[bytes, int, bytes, int] | None:
+    """The size at `pos`, after the name of its class: what stands before its dimensions, their
+    number, what stands behind them, its end."""
+    opening = b"(" if data[pos : pos + 1] == b"(" else b""
+    pos += len(opening)
     count = 0
     while count < _MAX_DIMS and (match := _ONE_INT.match(data, pos)) is not None:
         count, pos = count + 1, match.end()
-    built = b"t\x94" if marked else _TUPLES.get(count, b")")
-    end = built + _CALLED
-    if not data.startswith(end, pos):
-        return None
-    spelt = rb"\(" * marked + _INT * count + re.escape(end)
-    return count, spelt, pos + len(end)
+    closing = (b"t\x94" if opening else _TUPLES.get(count, b")")) + _CALLED
+    return (opening, count, closing, pos + len(closing)) if data.startswith(closing, pos) else None
