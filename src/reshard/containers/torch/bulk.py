@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 NUMBER, NATURAL, TEXT = range(3)
 # Bytes that they take at most.
 _MAX_NBYTES = {NUMBER: 8, NATURAL: 8, TEXT: 258}
-# Bytes that are matched at once, at most and at least: a frame has 64 KiB.
-_WINDOW, _MIN_WINDOW = 1 << 16, 1 << 10
+#: Bytes that are best matched at once: a frame has 64 KiB.
+WINDOW = 1 << 16
+_MIN_WINDOW = 1 << 10
 # Records that are worth it.
 _MIN_COUNT = 4
 _NEWOBJ, _LONG1, _GET, _LONG_GET, _SHORT_TEXT, _MEMOIZE = 0x81, 0x8A, 0x68, 0x6A, 0x8C, 0x94
@@ -70,8 +71,7 @@ class Matched(Struct, frozen=True, eq=False):
 
 def match(data: bytes, pos: int, stop: int, plan: Plan, memo: Memo) -> Matched | None:
     """The matches from byte `pos` on that begin before `stop`; None where they are few."""
-    stop = min(stop, pos + _WINDOW)
-    if stop - pos < _MIN_WINDOW:
+    if stop - pos < max(_MIN_WINDOW, 16):
         return None
     window = _Window(data, pos, min(len(data), stop + plan.longest + 16))
     starts = window.starts(plan, stop - pos)
@@ -127,7 +127,8 @@ class _Window:
         if nbytes < 8:
             mask = (1 << 8 * nbytes) - 1
             word = int.from_bytes(literal, "little")
-            return (self.words[at] & self.np.uint64(mask)) == self.np.uint64(word)
+            few: Array = (self.words[at] & self.np.uint64(mask)) == self.np.uint64(word)
+            return few
         found: Array | None = None
         for skip in (*range(0, nbytes - 8, 8), nbytes - 8):
             word = int.from_bytes(literal[skip : skip + 8], "little")

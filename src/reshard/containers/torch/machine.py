@@ -7,7 +7,7 @@ anything in the file is looked up, nothing is imported, nothing of it is run.
 
     opcodes.py    the table: one small function an opcode
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
-    repeats.py    runs of records that are spelt alike, many opcodes at a time
+    repeats.py    runs of records that are spelt alike (spelling.py), many opcodes at a time
     bulk.py       many records of a run at a time, as columns (rows.py)
     spans.py      bytes that repeat, read once
     memo.py       what a pickle may recall

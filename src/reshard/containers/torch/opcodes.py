@@ -23,8 +23,8 @@ from reshard.containers.torch.limits import (
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
 from reshard.containers.torch.memo import LEFT_OUT, RecalledError
 from reshard.containers.torch.nesting import HOLDING
-from reshard.containers.torch.repeats import OPENING
 from reshard.containers.torch.rows import Rows
+from reshard.containers.torch.spelling import OPENING
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
