@@ -25,6 +25,9 @@ from reshard.storage.source import Source
 
 # Directories that differ by more than a folder of as many letters; pickles, by more than a device.
 _MAX_DIRECTORIES, _MAX_PICKLES = 16, 16
+# Bytes by which directories of files are told apart, as a rule: the first states the checksum of a
+# pickle.
+_START_NBYTES = 1 << 12
 # Its first byte is in no text.
 _MARK = b"\xff\xfemark"
 #: What torch calls a device, as the text of a BINUNICODE opcode.
@@ -65,21 +68,17 @@ class Known:
     def __init__(self) -> None:
         self._directories: list[_KnownDirectory] = []
         self._pickles: list[_KnownPickle] = []
-        # Each read overwrites them: a new buffer takes longer to get than to fill.
-        self._raw, self._data = bytearray(), bytearray()
 
     def listing(self, directory: Directory, source: Source, offset: int) -> Listing | None:
         """What the directory at byte `offset` of a file lists, if it is known."""
         alike = [known for known in self._directories if known.directory == directory]
         if not alike:
             return None
-        if len(self._raw) != directory.nbytes:
-            self._raw = bytearray(directory.nbytes)
-        source.read_into(offset, memoryview(self._raw))
+        start = source.read(offset, min(directory.nbytes, _START_NBYTES))
         for known in alike:
-            if known.raw == self._raw:
+            if known.raw.startswith(start) and source.equals(offset, known.raw):
                 return known.listing
-        return _in_another_folder(self._raw, alike)
+        return _in_another_folder(source.read(offset, directory.nbytes), alike)
 
     def note_listing(self, directory: Directory, raw: bytes, listing: Listing) -> None:
         """Remember a directory that was parsed and found sound."""
@@ -103,12 +102,9 @@ class Known:
         """
         for known in self._pickles:
             # One that was parsed had the checksum that its file stated.
-            if (len(known.data), known.crc32) == (nbytes, crc32):
-                if len(self._data) != nbytes:
-                    self._data = bytearray(nbytes)
-                source.read_into(offset, memoryview(self._data))
-                if self._data == known.data:
-                    return known.file
+            stated = (len(known.data), known.crc32) == (nbytes, crc32)
+            if stated and source.equals(offset, known.data):
+                return known.file
         return None
 
     def alike(self, data: bytes, crc32: int | None) -> TorchFile | None:
@@ -151,7 +147,7 @@ class Known:
             self._pickles.append(known)
 
 
-def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> Listing | None:
+def _in_another_folder(raw: bytes, alike: Sequence[_KnownDirectory]) -> Listing | None:
     """What a directory lists that differs from a known one by a folder of as many letters.
 
     A folder ends with its only `/`, so two places where it stands cannot overlap, and those of a
@@ -159,7 +155,7 @@ def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> List
     with marks is the same, and became shorter by as many, they stand for its folder at these names.
     """
     # Of an entry, 46 bytes come before the name (4.3.12).
-    own = bytes(raw[46 : raw.find(b"/", 46) + 1])
+    own = raw[46 : raw.find(b"/", 46) + 1]
     if not own or not own.isascii():
         return None
     marked = _marked(raw, own)
@@ -169,10 +165,10 @@ def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> List
     return None
 
 
-def _marked(raw: bytes | bytearray, folder: bytes) -> bytes:
+def _marked(raw: bytes, folder: bytes) -> bytes:
     # Of another length, so that the length says how often the folder stood there.
     mark = _MARK if len(folder) != len(_MARK) else _MARK + b"-"
-    return bytes(raw.replace(folder, mark)) if folder else b""
+    return raw.replace(folder, mark) if folder else b""
 
 
 def _shows(file: TorchFile, text: str) -> bool:
