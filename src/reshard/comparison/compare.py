@@ -99,7 +99,7 @@ def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:
                 return pair(second, first, sources).turned()
             return pair(first, second, sources)
         except (NamesError, PlanError) as error:
-            failures.append(error)
+            failures.append(error.with_traceback(None))  # whose frames hold all tables of the fit
     raise failures[0]
 
 

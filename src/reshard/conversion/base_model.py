@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
-class Base(Struct, frozen=True):
+class Base(Struct, frozen=True, dict=True):
     """A base model: its tensors, its config, and the files that are copied with the weights.
 
     `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
@@ -51,8 +52,9 @@ class Base(Struct, frozen=True):
     modules: tuple[Module, ...] = ()
     quantised: Numbers | None = None
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
+        """What the output must hold."""
         return Schema({name: entry.spec for name, entry in self.entries.items()}, self.config)
 
 

@@ -155,7 +155,8 @@ def read(
     """
     folder, quantised = quantisation.examine(folders.read(path, sources), sources)
     placeholders = _placeholders(folder, base)
-    whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
+    left_out = frozenset(placeholders)
+    whole = {name: entry for name, entry in folder.entries.items() if name not in left_out}
     # Codes that are not read have no known numbers: there is nothing to fit.
     fitted = _fitted(folder, whole, None if quantised.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
@@ -230,7 +231,7 @@ def _fitted(
         found = fit(entries, base.schema, options=options, equal=same)
         return Fitted(found, None, {**apply(found.outputs, entries), **score})
     except (NamesError, PlanError) as error:
-        misfit = error
+        misfit = error.with_traceback(None)  # whose frames hold all tables of the fit
     try:
         found = fit(entries, base.schema, options=FitOptions(headless=True), equal=same)
         return Fitted(found, misfit, apply(found.outputs, entries))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from heapq import nsmallest
 
 from reshard.core.tensors import Shape
 from reshard.errors import Lines, NamesError, listed, shown
 from reshard.naming import patterns, ties, value_heads, wrong_base
-from reshard.naming.beginnings import Beginnings, Endings, heads
+from reshard.naming.beginnings import Beginnings, heads
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.ways import Candidate
 
@@ -136,8 +135,8 @@ def _lists(
         ("of the checkpoint are not in the base", unexpected, missing),
     ):
         if names:
-            near = Nearest(others)
-            rows = [_row(name, near.to(name)) for name in names[:_SHOWN]]
+            some = names[:_SHOWN]
+            rows = [*map(_row, some, nearest(some, others))]
             paragraphs.append(_list(f"{len(names)} {title}", rows, len(names)))
     if clashes:
         title = f"{len(clashes)} have another shape"
@@ -234,25 +233,42 @@ def _list(title: str, rows: Sequence[str], total: int) -> str:
     return "\n  ".join([f"{title}:", *rows, *more])
 
 
-class Nearest:
-    """The most similar of many names: those with the same last parts first, then by letters."""
+def nearest(names: Sequence[str], others: Sequence[str]) -> list[str | None]:
+    """The most similar of the others for each of a few names: of those with the most last parts in
+    common, the one with the most alike letters; None where nothing is alike.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._ends = Endings(names)
-
-    def to(self, name: str) -> str | None:
-        """The nearest name, or None where nothing is alike."""
-        parts = name.split(".")
-        alike = self._ends.all
-        for depth in range(1, len(parts) + 1):
-            more = self._ends.span(".".join(parts[-depth:]))
-            if not more:
+    It looks once at each of the others, however many end alike.
+    """
+    sought = {end for name in names for end in _ends(name)}
+    alike: dict[str, list[str]] = {}
+    for other in others:
+        for end in _ends(other):
+            if end not in sought:
                 break
-            alike = more
-        pool = [self._names[place] for place in nsmallest(_POOL, self._ends.places(alike))]
-        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
-        return close[0] if close else None
+            found = alike.setdefault(end, [])
+            if len(found) < _POOL:
+                found.append(other)
+    pools = (_longest(alike, name, others[:_POOL]) for name in names)
+    close = (difflib.get_close_matches(*both, 1, 0.5) for both in zip(names, pools, strict=True))
+    return [next(iter(each), None) for each in close]
+
+
+def _longest(alike: Mapping[str, list[str]], name: str, rest: Sequence[str]) -> Sequence[str]:
+    """Those that end as much as the name does; the rest where none ends as it does."""
+    return next((alike[end] for end in reversed([*_ends(name)]) if end in alike), rest)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The ends of a name after each dot, the shortest first, and then the name.
+
+    >>> list(_ends("a.b.c"))
+    ['c', 'b.c', 'a.b.c']
+    """
+    place = name.rfind(".")
+    while place >= 0:
+        yield name[place + 1 :]
+        place = name.rfind(".", 0, place)
+    yield name
 
 
 def check_stacked(shapes: Mapping[str, Shape], stacks: Sequence[str], count: int) -> None:

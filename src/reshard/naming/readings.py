@@ -66,7 +66,7 @@ class Effects:
         return {**self.whole, **self.more}.values()
 
 
-class Row(NamedTuple):
+class Row(Struct, frozen=True, gc=False):
     """A tensor: its name, its shape, and its name's template and numbers; no template: the name
     belongs to no view."""
 
@@ -139,6 +139,14 @@ class Below:
         """What is after the prefix."""
         return Templates([self.rest(template) for template in self.members])
 
+    @cached_property
+    def first(self) -> list[tuple[str, list[Row]]]:
+        """The tensors whose numbers are all 0, by whole template."""
+        zeros = {(), ("0",)}
+        found = ((t, [r for r in rows if r.numbers in zeros or {*r.numbers} == {"0"}])
+                 for t, rows in self.members.items())  # fmt: skip
+        return [(template, rows) for template, rows in found if rows]
+
     def sample(self, count: int) -> list[str]:
         """So many of the whole templates, evenly among all."""
         listed = list(self.members)
@@ -160,10 +168,11 @@ class Below:
         pieces: dict[str, Piece] = {}
         rules: dict[str, int] = {}
         twice = []
-        for name, shape, template, numbers in self._rows:
-            if template not in known or numbers[:count] != own:
+        for row in self._rows:
+            template, numbers = row.template, row.numbers
+            if template not in known or (count and numbers[:count] != own):
                 continue
-            effect = known[template]
+            name, shape, effect = row.name, row.shape, known[template]
             if effect is None or (effect.stacked is None and not effect.swapped):
                 # Most tensors: without a table of their own.
                 hub = name[length:] if effect is None else _number(effect.hub, numbers[count:])
@@ -248,8 +257,8 @@ def common_start(names: Iterable[str]) -> str:
     >>> common_start(["model.layers", "model.lm_head"])
     'model.l'
     """
-    listed = sorted(names)
-    pairs = zip(listed[0], listed[-1], strict=False)
+    listed = tuple(names)
+    pairs = zip(min(listed), max(listed), strict=False)
     return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

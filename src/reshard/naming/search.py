@@ -22,6 +22,7 @@ from reshard.naming import families
 from reshard.naming.beginnings import heads
 from reshard.naming.judge import FAULTS, FitOptions, Verdict
 from reshard.naming.readings import common_start
+from reshard.naming.scanning import any_contains
 from reshard.naming.schema import Schema
 from reshard.naming.ways import Candidate, Ways
 from reshard.naming.wider import likely_prefixes, part_views
@@ -49,9 +50,13 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> SourceNames:
     """
     owners: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
+    wrapped = any_contains(
+        (name for own, entry in entries.items() for name in (own, *entry.aliases)),
+        families.WRAPPERS,
+    )
     for own, entry in entries.items():
         for name in (own, *entry.aliases):
-            clean = unwrap(name)
+            clean = unwrap(name) if wrapped else name
             if prefix is not None and not clean.startswith(prefix):
                 continue
             if owners.setdefault(clean, own) != own:
@@ -87,6 +92,12 @@ def unwrap(name: str) -> str:
 
 
 _WRAPPED = regex("|".join(map(re.escape, sorted(families.WRAPPERS))))
+
+
+def unwrapped(names: Iterable[str]) -> list[str]:
+    """Each of the names without the parts that wrappers insert."""
+    listed = [*names]
+    return [*map(unwrap, listed)] if any_contains(listed, families.WRAPPERS) else listed
 
 
 def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
@@ -174,9 +185,10 @@ def prefixes(names: Iterable[str], given: str | None) -> Iterator[str]:
     listed = tuple(names)
     shared = shared_prefixes(listed)
     yield from shared
-    for prefix in families.PREFIXES:
-        holders = sum(name.startswith(prefix) for name in listed)
-        if prefix not in shared and 2 * holders > len(listed):
+    known = tuple(prefix for prefix in families.PREFIXES if prefix not in shared)
+    likely = [name for name in listed if name.startswith(known)]
+    for prefix in known if 2 * len(likely) > len(listed) else ():
+        if 2 * sum(name.startswith(prefix) for name in likely) > len(listed):
             yield prefix
 
 

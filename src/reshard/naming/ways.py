@@ -156,11 +156,10 @@ class _Base:
 
     def first(self) -> Iterator[str]:
         """The hub names whose numbers are all 0."""
-        for template, rows in self._below.members.items():
+        for template, rows in self._below.first:
             effect = self._effects.of(template)
             for row in rows:
-                if {*row.numbers} <= {"0"}:
-                    yield from self._below.pieces(row, effect)
+                yield from self._below.pieces(row, effect)
 
 
 def _sizes(below: Below, templates: Iterable[str], effects: Effects) -> _Sizes:
