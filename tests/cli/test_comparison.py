@@ -140,3 +140,22 @@ def test_equal_checkpoints(tmp_path: Path, capsys: Shown) -> None:
     a, b = checkpoint(tmp_path / "a", 1), checkpoint(tmp_path / "b", 1)
     assert run(command, ["diff", a, b]) == 0
     assert capsys.readouterr().out == "14 tensors are equal, 0 differ.\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "left"),
+    [((), 40, "10 more tensors in 10 rows: --tensors shows all of them."),
+     (("--top", "3"), 3, "47 more tensors in 47 rows: --tensors shows all of them."),
+     (("--tensors",), 50, None)],
+)  # fmt: skip
+def test_a_long_list_of_tensors_on_one_side_is_cut(
+    tmp_path: Path, capsys: Shown, asked: tuple[str, ...], rows: int, left: str | None
+) -> None:
+    more = {f"other_{n}x": np.zeros(1, np.float32) for n in range(50)}
+    a, b = checkpoint(tmp_path / "a", 1), checkpoint(tmp_path / "b", 1, **more)
+    assert run(command, ["diff", a, b, *asked]) == 1
+    shown = tables(capsys.readouterr().out)[1]
+    assert shown[0] == ["tensors", "how", "tensor"]
+    last = [] if left is None else [re.split(r" {2,}", left)]
+    assert shown[1 + rows :] == last
+    assert all(row[:2] == ["1", "only in the second: float32 (1,)"] for row in shown[1 : 1 + rows])

@@ -27,6 +27,12 @@ from tests.fsdp.conftest import Oracle
 from tests.fsdp.test_refusals import TENSOR, copied_again, edit, refused
 
 
+def test_a_pickle_of_something_else_is_not_read_to_its_end(folder: Path) -> None:
+    long = b"](" + b"N" * 999 + b"e"
+    (folder / ".metadata").write_bytes(b"\x80\4" + b"](" + long * 100 + b"\xff")
+    refused(folder, FormatError, "it has a list where a Metadata belongs", hint=True)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

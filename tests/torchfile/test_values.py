@@ -7,6 +7,7 @@ import collections
 import enum
 import io
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 from reshard.containers.torch import Global, Opaque, TensorRef, read_pickle
+from reshard.containers.torch.limits import MAX_TEXT_NBYTES
 from reshard.core import dtypes
 from reshard.core.dtypes import DType
 from reshard.core.tensors import flat, whole
-from reshard.errors import PlanError
+from reshard.errors import IncompleteError, PlanError
 from tests.torchfile.handmade import pickle
 from tests.torchfile.support import OLD, read_bytes, same, saved, value_of
 
@@ -326,3 +328,20 @@ def test_text_that_is_no_unicode_is_spelt_out(tmp_path: Path, old: bool) -> None
     """As Python spells file names that are not UTF-8: they could be neither written nor shown."""
     value = value_of(tmp_path / "x.pt", saved({"caf\udce9": "\ud800", "é": "😀"}, old=old))
     assert value == {"caf\\udce9": "\\ud800", "é": "😀"}
+
+
+@CONTAINERS
+def test_a_text_of_many_megabytes_is_not_decoded(tmp_path: Path, old: bool) -> None:
+    """What it says is of no use to a conversion, and each copy of it takes memory."""
+    value = value_of(
+        tmp_path / "x.pt", saved({"log": "x" * (MAX_TEXT_NBYTES + 1), "n": 1}, old=old)
+    )
+    assert value["n"] == 1
+    assert isinstance(value["log"], Opaque)
+    kept = value_of(tmp_path / "y.pt", saved({"log": "x" * MAX_TEXT_NBYTES}, old=old))
+    assert len(kept["log"]) == MAX_TEXT_NBYTES
+
+
+def test_a_text_that_is_cut_off() -> None:
+    with pytest.raises(IncompleteError, match="ends early"):
+        read_pickle(b"X" + struct.pack("<I", MAX_TEXT_NBYTES + 1) + b"x.", path="x")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from reshard.comparison.sums import Key, Sum
 
 _KEYS = ("name", "change", "largest", "mean", "elements")
+# Rows of tensors that cannot be measured, unless --tensors or --top asks for others.
+_MAX_APART = 40
 
 
 @click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
@@ -33,7 +35,11 @@ _KEYS = ("name", "change", "largest", "mean", "elements")
 )
 @flags(DIFF.values())
 @how_shown
-@click.option("--tensors", is_flag=True, help="Show a row for each tensor instead of each layer.")
+@click.option(
+    "--tensors",
+    is_flag=True,
+    help="Show a row for each tensor instead of each layer, however many there are.",
+)
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -164,9 +170,7 @@ def show(comparison: Comparison, *, tensors: bool, top: int | None, sort: Key | 
     output.print_table(comparison.rows())
     apart = comparison.apart()
     if apart:
-        output.print_result("")
-        cells = [(str(count), how, name) for how, name, count in apart[:top]]
-        output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
+        _print_apart(apart, top or (len(apart) if tensors else _MAX_APART))
     differing = [one for one in comparison.measured if one.kind == "values"]
     if tensors and differing:
         _print_tensors(differing, sort, top)
@@ -175,6 +179,18 @@ def show(comparison: Comparison, *, tensors: bool, top: int | None, sort: Key | 
         _print_sums("layer", ordered(layers, sort, top))
         if len(modules) < len(layers):
             _print_sums("module", ordered(modules, sort, top))
+
+
+def _print_apart(apart: Sequence[tuple[str, str, int]], top: int) -> None:
+    """The first rows of the tensors that could not be measured, and how many are not shown."""
+    output.print_result("")
+    cells = [(str(count), how, name) for how, name, count in apart[:top]]
+    output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
+    left = apart[top:]
+    if left:
+        count = sum(count for _, _, count in left)
+        rows = f"{count:,} more tensors in {len(left):,} rows: --tensors shows all of them."
+        output.print_result(rows)
 
 
 def _print_sums(title: str, rows: Iterable[Sum]) -> None:

@@ -20,7 +20,7 @@ from reshard.storage.source import Source
 
 # Steps of a path in the state dict: nested dicts have about five.
 MAX_STEPS = 128
-# Bytes by which a file that is not a pickle is refused, before the others are read.
+# Bytes by which a file that is not a pickle of metadata is refused, before the others are read.
 _START_NBYTES = 1 << 16
 # Bytes that are read at a time of a file whose end is not needed.
 _BLOCK_NBYTES = 16 << 20
@@ -32,8 +32,9 @@ def opened(
     """The file, and its bytes; with `until`, those up to the block in which these bytes occur, or
     the first `MAX_NBYTES` of a file that has more.
 
-    Raises `IncompleteError` where the file is empty, and what the pickle reader raises for a file
-    that is too long, or whose first bytes are not those of a pickle.
+    Raises `IncompleteError` where the file is empty, `FormatError` where its first bytes begin
+    something else, and what the pickle reader raises for a file that is too long or whose first
+    bytes are not those of a pickle.
     """
     source = sources.open(path)
     if source.size == 0:
@@ -41,7 +42,9 @@ def opened(
             "the file is empty.", path=path, hint="The save did not finish; use another one."
         )
     start = source.read(0, min(source.size, _START_NBYTES))
-    torchfile.check_start(start, source.size, path=str(path))
+    begun = torchfile.check_start(start, source.size, path=str(path))
+    if begun is not None:
+        Fields(str(path)).record(begun, "Metadata")
     if until is None:
         torchfile.check_size(source.size, path=str(path))
         return source, source.read(0, source.size)

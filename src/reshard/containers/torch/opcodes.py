@@ -18,11 +18,13 @@ from reshard.containers.torch.limits import (
     MAX_INT_NBYTES,
     MAX_MARKS,
     MAX_NAME,
+    MAX_TEXT_NBYTES,
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
 from reshard.containers.torch.memo import LEFT_OUT, RecalledError
 from reshard.containers.torch.nesting import HOLDING
+from reshard.containers.torch.records import Opaque
 from reshard.containers.torch.repeats import OPENING
 
 if TYPE_CHECKING:
@@ -143,6 +145,11 @@ def _binfloat(m: Machine, pos: int) -> int:
 
 
 def _push_text(m: Machine, pos: int, nbytes: int) -> int:
+    if nbytes > MAX_TEXT_NBYTES:
+        if pos + nbytes > len(m.data):
+            raise EndOfPickle
+        m.stack.append(Opaque("builtins.str"))
+        return pos + nbytes
     raw = m.take(pos, nbytes)
     try:
         m.stack.append(raw.decode())

@@ -80,14 +80,17 @@ def check_size(nbytes: int, *, path: str) -> None:
         )
 
 
-def check_start(head: bytes, nbytes: int, *, path: str) -> None:
+def check_start(head: bytes, nbytes: int, *, path: str) -> object:
     """Refuse what is not a pickle by the first of its `nbytes` bytes, before the others are read.
 
+    Returns the value that is being made of these bytes, as far as they go; None if they are all.
     Raises as `read_pickle` does.
     """
+    machine = Machine(head, path=path, handlers=HANDLERS, nbytes=nbytes)
     if len(head) < nbytes:
         with suppress(BreaksOffError):
-            Machine(head, path=path, handlers=HANDLERS, nbytes=nbytes).run()
+            machine.run()
+    return next((stack[0] for stack in (*machine.marks, machine.stack) if stack), None)
 
 
 def _parse(
