@@ -54,7 +54,10 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> SourceNames:
         (name for own, entry in entries.items() for name in (own, *entry.aliases)),
         families.WRAPPERS,
     )
-    for own, entry in entries.items():
+    if prefix is None and not wrapped and not any(entry.aliases for entry in entries.values()):
+        owners = dict(zip(entries, entries, strict=True))
+        shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    for own, entry in () if owners else entries.items():
         for name in (own, *entry.aliases):
             clean = unwrap(name) if wrapped else name
             if prefix is not None and not clean.startswith(prefix):

@@ -10,7 +10,7 @@ from msgspec import Struct
 from reshard.core.tensors import Shape
 from reshard.naming import ties
 from reshard.naming.layouts import Piece
-from reshard.naming.readings import NUMBER, template_of
+from reshard.naming.readings import NUMBER, templates_of
 
 # Kinds of tensors that only one side has, shown in the table.
 _KINDS = 4
@@ -67,10 +67,10 @@ class _Facts:
         numbers: defaultdict[str, set[str]] = defaultdict(set)
         counts: Counter[str] = Counter()
         self.kinds: dict[str, None] = {}
-        for hub in pieces:
-            template, of_it = template_of(hub)
-            if of_it:
-                numbers[template].add(of_it[0])
+        for hub, template in zip(pieces, templates_of(pieces), strict=True):
+            if template is not None and NUMBER in template:
+                start = template.index(NUMBER)
+                numbers[template].add(hub[start:].partition(".")[0])
                 counts[template] += 1
         by_group: defaultdict[str, set[str]] = defaultdict(set)
         sizes: Counter[str] = Counter()
