@@ -102,6 +102,23 @@ def models_under_prefixes(at: Path) -> Case:
     return with_options(run, at, {"base": base}, {"base": base, "prefix": "teacher"})
 
 
+def _two_of_which_one_is_whole(at: Path, **right: Any) -> Case:
+    """`--allow '*'` would leave either of two models, one of them without a prefix."""
+    two = tiny.state(2) | {f"second.{name}": value for name, value in tiny.state(3).items()}
+    run, base = tiny.saved(at / "x.pt", two), tiny.model(at / "base")
+    return with_options(run, at, {"base": base, "allow": ["*"]}, {"base": base, **right})
+
+
+@follows("Name the one to read: {}. For the one without a prefix, pass only --allow {}.")
+def models_with_and_without_a_prefix(at: Path) -> Case:
+    return _two_of_which_one_is_whole(at, allow=["second.*"])
+
+
+@follows("Name the one to read: {}. For the one without a prefix, pass only --allow {}.")
+def models_with_and_without_a_prefix_the_named_one(at: Path) -> Case:
+    return _two_of_which_one_is_whole(at, prefix="second")
+
+
 @follows("Correct --prefix, or leave it out.")
 def wrong_prefix(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
