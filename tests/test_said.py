@@ -101,9 +101,10 @@ def test_the_lines_of_a_misfit_are_ours(tmp_path: Path) -> None:
     base = model(tmp_path / "base", {"c\n  d": ones})
     with pytest.raises(NamesError) as caught:
         reshard.convert(source, tmp_path / "out", base=base)
-    text = str(caught.value)
-    assert "  a\\n  b" in text.split("\n")[-2] + text.split("\n")[-1] + text
-    assert not any(line.strip() in ("b", "d") for line in text.split("\n"))
+    lines = str(caught.value).split("\n")
+    assert "  a\\n  b (nearest: c\\n  d)" in lines
+    assert not any(line.strip() in ("b", "d") for line in lines)
+    assert lines[-1] == caught.value.hint
     assert caught.value.missing == ("c\n  d",)
 
 

@@ -70,9 +70,10 @@ class ReshardError(Exception):
             path = os.fspath(self.path)
             # A space at its end is not seen without quotes.
             where = f"{path if path == path.strip() else repr(path)}: {where}"
-        hint = f" {self.hint}" if self.hint else ""
         message = printable(shortened(self.message), lines=isinstance(self.message, Lines))
-        return f"{printable(where)}{message}{printable(hint)}"
+        hint = printable(self.hint) if self.hint else ""
+        between = " " if hint and not message.endswith("\n") else ""
+        return f"{printable(where)}{message}{between}{hint}"
 
 
 @contextmanager

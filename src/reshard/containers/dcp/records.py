@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard.containers.dcp.metadata import Location
 from reshard.containers.torch import Global, Instance, Opaque
+from reshard.containers.torch.rows import Rows, each, pieces
 from reshard.core.dtypes import DType
 from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.errors import FormatError, brief
@@ -117,9 +118,42 @@ class Fields:
             return None
         return keys, offsets, files, starts, lengths
 
-    def chunks(self, raw: Sequence[object]) -> tuple[tuple[Shape, ...], tuple[Shape, ...]] | None:
-        """Offsets and sizes of chunks; None where they are not spelt alike, two begin at one place,
-        or one holds no elements."""
+    def item_rows(
+        self, indices: tuple[object, int, int], places: tuple[object, int, int]
+    ) -> tuple[Sequence[Any], ...] | None:
+        """What `items` gives, of records of `Rows`."""
+        (index, *keyed), (place, *placed) = indices, places
+        if not isinstance(index, Rows) or not isinstance(place, Rows):
+            return None
+        if not self._is(index, INDEX) or not self._is(place, PLACE):
+            return None
+        if not place.lacks("transform_descriptors"):
+            return None
+        keys, offsets = index.texts("fqn", *keyed), index.sizes("offset", *keyed)
+        files = place.texts("relative_path", *placed)
+        starts, lengths = place.numbers("offset", *placed), place.numbers("length", *placed)
+        if keys is None or offsets is None or files is None or starts is None or lengths is None:
+            return None
+        # They have at most 48 bits, and sizes are natural.
+        if starts.min() < 0 or lengths.min() < 0:
+            return None
+        return keys, offsets, files, starts.tolist(), lengths.tolist()
+
+    def chunks(
+        self, raw: Sequence[object], key: str
+    ) -> tuple[Sequence[Shape], Sequence[Shape], bool]:
+        """Offsets and sizes of chunks, and whether no two begin at one place and all hold elements.
+
+        Raises `FormatError` where they are not chunks.
+        """
+        offsets, sizes = self._chunk_columns(raw) or self._chunk_pieces(raw, key)
+        plain = len(set(offsets)) == len(offsets) and not any(0 in shape for shape in set(sizes))
+        return offsets, sizes, plain
+
+    def _chunk_columns(
+        self, raw: Sequence[object]
+    ) -> tuple[Sequence[Shape], Sequence[Shape]] | None:
+        """Offsets and sizes of chunks that are spelt alike, and as they should be."""
         columns = self.columns(raw, CHUNK) if raw else None
         if columns is None:
             return None
@@ -128,10 +162,30 @@ class Fields:
             return None
         if not _are_shapes(offsets) or not _are_shapes(sizes):
             return None
-        # Those of an `Instance` are numbers, so that they can be hashed.
-        if len(set(offsets)) < len(offsets) or any(0 in shape for shape in set(sizes)):
-            return None
-        return tuple(offsets), tuple(sizes)
+        return offsets, sizes
+
+    def _chunk_pieces(self, raw: Sequence[object], key: str) -> tuple[list[Shape], list[Shape]]:
+        """Offsets and sizes of chunks, each checked but those of `Rows`, which are as they should
+        be."""
+        offsets, sizes = list[Shape](), list[Shape]()
+        for piece in pieces(raw):
+            rows, start, stop = piece
+            if isinstance(rows, Rows) and self._is(rows, CHUNK):
+                found = rows.sizes("offsets", start, stop), rows.sizes("sizes", start, stop)
+                if found[0] is not None and found[1] is not None:
+                    offsets += self._shared(found[0])
+                    sizes += self._shared(found[1])
+                    continue
+            for part in each(piece):
+                one, other = self.fields(part, CHUNK, key)
+                offsets.append(self.shape(one, "a chunk's offsets", key))
+                sizes.append(self.shape(other, "a chunk's sizes", key))
+        return offsets, sizes
+
+    def _shared(self, shapes: list[Shape]) -> list[Shape]:
+        """The shapes; one object for all that are equal."""
+        known = self._shapes
+        return [known.setdefault(shape, shape) for shape in shapes]
 
     def dtype(self, raw: object, key: str) -> str:
         """The name of the type that TensorProperties state."""
@@ -181,7 +235,7 @@ class Fields:
             numbers.append(number)
         return tuple(numbers)
 
-    def _is(self, raw: Instance, kind: str) -> bool:
+    def _is(self, raw: Instance | Rows, kind: str) -> bool:
         known = self._kinds.get((raw.name, kind))
         if known is None:
             known = raw.name.rpartition(".")[2].endswith(kind)

@@ -8,11 +8,16 @@ noted here. What is not as it should be is left in its table, and is refused whe
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+
+from msgspec import Struct
 
 from reshard.containers.dcp.columns import Cut, Layout, Layouts, Numbers, Places
-from reshard.containers.dcp.records import CHUNK, INDEX, Fields
+from reshard.containers.dcp.records import INDEX, Fields
 from reshard.containers.torch import Instance, Opaque
 from reshard.containers.torch.nesting import check_count
+from reshard.containers.torch.records import Shared
+from reshard.containers.torch.rows import Rows, aligned, each, pieces
 from reshard.core.tensors import MAX_NAME, Shape
 from reshard.errors import FormatError
 
@@ -48,6 +53,8 @@ class Tables:
         self._lists: dict[tuple[object, ...], Cut] = {}
         # By the ids of lists: of one call of `items`, or of what is left in a table.
         self._walked: dict[int, Cut] = {}
+        # By the ids of records that stand for many.
+        self._shared: dict[int, _Described] = {}
 
     def takes(self, key: object, value: object) -> bool:
         """Whether an item is one of a table that is taken apart."""
@@ -127,6 +134,8 @@ class Tables:
 
     def _stored(self, indices: list[object], places: list[object]) -> list[object]:
         """Note where items lie, in the order of the file: those that are spelt alike at once."""
+        if any(type(value) is Rows for value in indices):
+            return self._stored_rows(indices, places)
         # One in a thousand is another record: the pickle's frames cut it in two.
         kinds = zip(map(type, indices), map(type, places), strict=True)
         alike = bytes([kind == (Instance, Instance) for kind in kinds])
@@ -138,13 +147,41 @@ class Tables:
             some = indices[start:stop], places[start:stop]
             columns = self.fields.items(*some) if alike[start] else None
             if columns is not None:
-                keys, offsets, *where = columns
-                spots = map(self.layouts.spot, offsets)
-                self.places.extend(self.keys.of_all(keys), spots, *where)
+                self._extend(*columns)
             else:
                 left += self._stored_each(*some)
             start = stop
         return left
+
+    def _stored_rows(self, indices: list[object], places: list[object]) -> list[object]:
+        """Note where items lie, of which many are `Rows`."""
+        left: list[object] = []
+        for index, place in aligned(indices, places):
+            columns = self.fields.item_rows(index, place)
+            if columns is not None:
+                self._extend(*columns)
+            else:
+                left += self._stored_each(each(index), each(place))
+        for value in (*indices, *places):
+            if isinstance(value, Rows):
+                value.take()
+        return left
+
+    def _extend(
+        self,
+        keys: Sequence[str],
+        offsets: Sequence[Shape | None],
+        files: Sequence[str],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        """Note where items lie."""
+        known = self.layouts.spots
+        try:
+            spots = [known[one] for one in offsets]
+        except KeyError:
+            spots = [self.layouts.spot(one) for one in offsets]
+        self.places.extend(self.keys.of_all(keys), spots, files, starts, lengths)
 
     def _stored_each(self, indices: list[object], places: list[object]) -> list[object]:
         left: list[object] = []
@@ -158,16 +195,32 @@ class Tables:
     def _layout(self, key: str, raw: object) -> Layout:
         if isinstance(raw, Opaque) and raw.short_name == _OBJECT_KIND:
             return OBJECT
+        known = self._shared.get(id(raw))
+        if known is None:
+            known = self._layout_of(key, raw)
+            if type(raw) is Shared and len(self._shared) < _MAX_LISTS:
+                self._shared[id(raw)] = known
+        else:
+            self._add_count(known.count)
+        return known.layout
+
+    def _layout_of(self, key: str, raw: object) -> _Described:
         fields = self.fields.record(raw, "TensorStorageMetadata", key)
         listed = fields.get("chunks")
         if not isinstance(listed, list):
             raise self.fields.broken("its chunks are not a list", key)
-        self._count += len(listed)
-        if self._nbytes is not None:
-            check_count(self._count, self._nbytes, path=self.fields.path)
+        count = sum(stop - start for _, start, stop in pieces(listed))
+        self._add_count(count)
         cut = self._cut(key, listed)
         shape = self.fields.shape(fields.get("size"), "its size", key)
-        return self.layouts.layout(self.fields.dtype(fields.get("properties"), key), shape, cut)
+        dtype = self.fields.dtype(fields.get("properties"), key)
+        return _Described(raw, count, self.layouts.layout(dtype, shape, cut))
+
+    def _add_count(self, count: int) -> None:
+        """Count chunks; refuse more than a pickle of so many bytes may stand for."""
+        self._count += count
+        if self._nbytes is not None:
+            check_count(self._count, self._nbytes, path=self.fields.path)
 
     def _cut(self, key: str, listed: list[object]) -> Cut:
         """How a tensor is cut. Equal records of a run are one, and so are lists of them."""
@@ -189,31 +242,39 @@ class Tables:
         return cut
 
     def _cut_of(self, key: str, listed: list[object]) -> Cut:
-        columns = self.fields.chunks(listed)
-        if columns is not None:
-            return self.layouts.cut(*columns)
+        offsets, sizes, plain = self.fields.chunks(listed, key)
+        for part in listed:
+            if isinstance(part, Rows):
+                part.take()
+        if plain:
+            return self.layouts.cut(tuple(offsets), tuple(sizes))
         chunks: dict[Shape, Shape] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
         empty: dict[Shape, None] = {}
-        for part in listed:
-            offsets, sizes = self.fields.fields(part, CHUNK, key)
-            offsets = self.fields.shape(offsets, "a chunk's offsets", key)
-            sizes = self.fields.shape(sizes, "a chunk's sizes", key)
-            if 0 in sizes:
-                empty[offsets] = None
+        for start, size in zip(offsets, sizes, strict=True):
+            if 0 in size:
+                empty[start] = None
                 continue
-            known = chunks.setdefault(offsets, sizes)
-            if known != sizes:
+            known = chunks.setdefault(start, size)
+            if known != size:
                 raise self.fields.broken(
-                    f"two chunks begin at {offsets}, of sizes {known} and {sizes}", key
+                    f"two chunks begin at {start}, of sizes {known} and {size}", key
                 )
         return self.layouts.cut((*chunks,), (*chunks.values(),), (*empty,))
+
+
+class _Described(Struct, frozen=True):
+    """What a record says of a tensor, and how many chunks it lists."""
+
+    raw: object
+    count: int
+    layout: Layout
 
 
 def _table_of(key: object, value: object) -> str | None:
     """The table that an item is of; None of one that is not taken apart."""
     if type(key) is not str:
-        index = isinstance(key, Instance | Opaque) and key.name.endswith(INDEX)
+        index = isinstance(key, Instance | Opaque | Rows) and key.name.endswith(INDEX)
         return STORED if index else None
     if isinstance(value, Opaque):
         return DESCRIBED if value.name.endswith("StorageMetadata") else None

@@ -7,7 +7,9 @@ anything in the file is looked up, nothing is imported, nothing of it is run.
 
     opcodes.py    the table: one small function an opcode
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
-    repeats.py    runs of records that are spelt alike, many opcodes at a time
+    repeats.py    runs of records that are spelt alike (spelling.py), many opcodes at a time
+    bulk.py       many records of a run at a time, as columns (rows.py)
+    spans.py      bytes that repeat, read once
     memo.py       what a pickle may recall
     handlers.py   the calls that are carried out
 
@@ -41,6 +43,7 @@ from reshard.containers.torch.memo import LEFT_OUT, Compactor, Memo, RecalledErr
 from reshard.containers.torch.opcodes import TABLE
 from reshard.containers.torch.records import Global, Instance, Opaque, Shared, TensorRef
 from reshard.containers.torch.repeats import Repeats
+from reshard.containers.torch.rows import Rows
 from reshard.containers.torch.storages import is_storage_class
 from reshard.core import dtypes
 from reshard.core.collecting import paused_gc
@@ -75,7 +78,9 @@ class Machine:
         "compactor",
         "data",
         "devices",
+        "frame",
         "handlers",
+        "learning",
         "made_nbytes",
         "marks",
         "memo",
@@ -108,9 +113,12 @@ class Machine:
         self.path: str = path
         self.handlers: Mapping[str, Handler] = handlers
         self.persistent: PersistentId | None = persistent
-        self.repeats: Repeats | None = Repeats() if compactor is not None else None
+        self.repeats: Repeats | None = Repeats(len(data)) if compactor is not None else None
         self.compactor: Compactor | None = compactor
         self.devices: dict[int, bytes] | None = devices
+        # Where the last frame ends, and the record whose bytes are to be remembered.
+        self.frame: int = 0
+        self.learning: int = -1
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         # The number of the next value in the memo, at each mark and at the last one popped.
@@ -162,6 +170,21 @@ class Machine:
             message, path=self.path, hint="No training framework writes such a file."
         )
 
+    def has_lost_rows(self) -> bool:
+        """Whether `Rows` are elsewhere than where their reader finds them."""
+        if self.repeats is None:
+            return False
+        ledger = self.repeats.ledger
+        waiting = sum(type(value) is Rows for some in (self.stack, *self.marks) for value in some)
+        return ledger.open - ledger.listed > waiting or any(
+            type(value) is list and any(type(one) is Rows for one in value)
+            for value in self.recalled.values()
+        )
+
+    def holds_rows(self) -> bool:
+        """Whether nobody took some `Rows`."""
+        return self.repeats is not None and self.repeats.ledger.open > 0
+
     def _breaks_off(self, pos: int) -> BreaksOffError:
         return BreaksOffError(
             f"its pickle ends early, at byte {pos} of {len(self.data)}.",
@@ -176,7 +199,8 @@ class Machine:
 
     def check_budgets(self, pos: int) -> None:
         """Refuse a pickle that made too much by byte `pos`."""
-        if len(self.stack) > MAX_STACK:
+        beyond = 0 if self.repeats is None else self.repeats.beyond(self.stack)
+        if len(self.stack) + beyond > MAX_STACK:
             raise self.refused(f"its pickle stacks more than {MAX_STACK} values.")
         limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * pos
         if self.made_nbytes > limit:
@@ -269,8 +293,12 @@ class Machine:
             return flat
         if not self.compactor.takes(flat[-2], flat[-1]):
             return flat
+        if any(type(value) is Rows and not value.alternate for value in flat):
+            raise RecalledError
         left = self.compactor.items(obj, flat)
         self.memo.forget(self.compactor, self.since)
+        if self.repeats is not None:
+            self.repeats.spans.retry()
         self.recalled = {
             key: value
             for key, value in self.recalled.items()
@@ -281,6 +309,8 @@ class Machine:
     def _check_key(self, obj: dict[object, object], key: object) -> None:
         if type(key) in _HARMLESS_KEYS:
             return
+        if type(key) is Rows:
+            raise RecalledError
         if type(key) is int and -MAX_SMALL_KEY < key < MAX_SMALL_KEY:
             return
         if not _is_short_key(key):
@@ -297,6 +327,10 @@ class Machine:
 
     def append(self, obj: object, values: list[object]) -> None:
         if type(obj) is list:
+            if self.repeats is not None and self.repeats.ledger.open:
+                for value in values:
+                    if type(value) is Rows:
+                        value.listed()
             obj.extend(values)
         elif type(obj) is Opaque:
             if obj.items is None:
@@ -318,7 +352,7 @@ class Machine:
 
 def _misused(value: object, what: str) -> Exception:
     """The error that an opcode does something to a value that is not for it."""
-    if isinstance(value, Instance | Shared) or value is LEFT_OUT:
+    if isinstance(value, Instance | Shared | Rows) or value is LEFT_OUT:
         return RecalledError()
     return Malformed(f"{what} a {type(value).__name__}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 from itertools import compress
 from typing import Protocol
 
@@ -49,15 +49,17 @@ class Compactor(Protocol):
 class Memo:
     """The numbered values. Those from number `start` on are in the list `recent`, all of them."""
 
-    __slots__ = ("_calls", "_early", "_numbers", "_sizes", "_values", "recent", "start")
+    __slots__ = ("_calls", "_early", "_numbers", "_pruned", "_sizes", "_values", "recent", "start")
 
     def __init__(self) -> None:
         self.start = 0
         self.recent: list[object] = []
         # Names of classes and fields, which every record recalls.
         self._early: list[object] = []
+        # Those that are kept of the others; `forget` has not yet seen those from `_pruned` on.
         self._numbers = array("I")
         self._values: list[object] = []
+        self._pruned = 0
         self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._calls: dict[object, Shared] = {}
 
@@ -69,7 +71,7 @@ class Memo:
         place = number - self.start
         if place >= 0:
             return self.recent[place]
-        return self._early[number] if number < _EARLY else self._old(number)
+        return self._early[number] if number < len(self._early) else self._old(number)
 
     def _old(self, number: int) -> object:
         """A value that is not among the recent ones."""
@@ -77,38 +79,76 @@ class Memo:
         found = at < len(self._numbers) and self._numbers[at] == number
         return self._values[at] if found else LEFT_OUT
 
+    def skip(self, count: int, numbers: Iterable[int], values: Iterable[object]) -> None:
+        """Pass over `count` values, and keep these of them, which have these numbers."""
+        self._shelve()
+        self._numbers.extend(numbers)
+        self._values += values
+        self.start += count
+
+    def settle(self, first: int) -> list[object] | None:
+        """Keep of the values from number `first` on only what nothing changes any more; returns
+        them in their order, None where they are not all recent."""
+        at = first - self.start
+        if at < 0:
+            return None
+        kept = [
+            self._kept(value, None) if type(value) in _KEPT else LEFT_OUT
+            for value in self.recent[at:]
+        ]
+        self.recent[at:] = kept
+        return kept
+
     def forget(self, compactor: Compactor, since: int) -> None:
         """Keep of all values only texts, names, sizes and records that many things share.
 
         Of the records, those from number `since` on: others may still be set.
         """
-        at = min(max(since - self.start, 0), len(self.recent))
-        self._keep(self.recent[:at], compactor, _KEPT - {Opaque})
-        self._keep(self.recent[at:], compactor, _KEPT)
-        self.recent = []
+        self._shelve()
+        first = self._pruned
+        at = max(bisect_left(self._numbers, since), first)
+        numbers, values = self._numbers[first:], self._values[first:]
+        del self._numbers[first:], self._values[first:]
+        self._keep(numbers[: at - first], values[: at - first], compactor, _KEPT - {Opaque})
+        self._keep(numbers[at - first :], values[at - first :], compactor, _KEPT)
+        self._pruned = len(self._values)
+        if len(self._early) < _EARLY:
+            self._early += [self._old(n) for n in range(len(self._early), min(_EARLY, self.start))]
 
-    def _keep(self, values: list[object], compactor: Compactor, kinds: Set[type]) -> None:
-        """Pass over these values, and keep some of them."""
-        # Nearly all others are `LEFT_OUT`, of runs of records.
+    def _shelve(self) -> None:
+        """Put the recent values that are there with the older ones."""
+        recent = self.recent
+        if recent:
+            there = [value is not LEFT_OUT for value in recent]
+            self._numbers.extend(compress(range(self.start, self.start + len(recent)), there))
+            self._values += compress(recent, there)
+            self.start += len(recent)
+            self.recent = []
+
+    def _keep(
+        self,
+        numbers: Sequence[int],
+        values: list[object],
+        compactor: Compactor,
+        kinds: Set[type],
+    ) -> None:
+        """Keep some of these values."""
         wanted = [*map(kinds.__contains__, map(type, values))]
-        numbers = compress(range(self.start, self.start + len(values)), wanted)
         found = [*compress(values, wanted)]
         # By id, because to find the equal of a long text takes as long as the text.
         different = {id(value): value for value in found}
         kept = {key: self._kept(value, compactor) for key, value in different.items()}
         held = [*map(kept.__getitem__, map(id, found))]
+        some: Iterable[int] = compress(numbers, wanted)
         if LEFT_OUT in kept.values():
             there = [value is not LEFT_OUT for value in held]
-            numbers, held = compress(numbers, there), [*compress(held, there)]
-        self._numbers.extend(numbers)
+            some, held = compress(some, there), [*compress(held, there)]
+        self._numbers.extend(some)
         self._values += held
-        self.start += len(values)
-        if len(self._early) < _EARLY:
-            self._early += [self._old(n) for n in range(len(self._early), min(_EARLY, self.start))]
 
-    def _kept(self, value: object, compactor: Compactor) -> object:
+    def _kept(self, value: object, compactor: Compactor | None) -> object:
         if type(value) is str:
-            return compactor.text(value)
+            return value if compactor is None else compactor.text(value)
         if type(value) is tuple:
             return self._sizes.setdefault(value, value) if is_size(value) else LEFT_OUT
         return self._shared(value) or LEFT_OUT if type(value) is Opaque else value

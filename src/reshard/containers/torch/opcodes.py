@@ -25,7 +25,8 @@ from reshard.containers.torch.malformed import EndOfPickle, Malformed
 from reshard.containers.torch.memo import LEFT_OUT, RecalledError
 from reshard.containers.torch.nesting import HOLDING
 from reshard.containers.torch.records import Opaque
-from reshard.containers.torch.repeats import OPENING
+from reshard.containers.torch.rows import Rows
+from reshard.containers.torch.spelling import OPENING
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
@@ -74,7 +75,8 @@ def _proto(m: Machine, pos: int) -> int:
 @_opcode("\x95")
 def _frame(m: Machine, pos: int) -> int:
     (nbytes,) = _U64(m.data, pos)
-    if pos + 8 + nbytes > m.nbytes:
+    m.frame = pos + 8 + nbytes
+    if m.frame > m.nbytes:
         raise EndOfPickle
     return pos + 8
 
@@ -350,13 +352,18 @@ def _setitems(m: Machine, pos: int) -> int:
 # The memo. Picklers number it 0, 1, 2 ...; some begin again at 0.
 
 
+_NOTED = HOLDING | {Rows}
+
+
 def _get(m: Machine, index: int) -> None:
     if index >= len(m.memo):
         raise Malformed(f"it recalls value {index}, and has stored {len(m.memo)}")
     value = m.memo[index]
     if value is LEFT_OUT:
         raise RecalledError
-    if type(value) in HOLDING:
+    if type(value) in _NOTED:
+        if type(value) is Rows:
+            raise RecalledError
         m.recalled[id(value)] = value
     m.stack.append(value)
 
@@ -445,6 +452,8 @@ def _reduce(m: Machine, pos: int) -> int:
 def _build(m: Machine, pos: int) -> int:
     state = m.stack.pop()
     m.build(m.stack[-1], state)
+    if pos == m.learning and m.repeats is not None:
+        m.repeats.spans.learn(m)
     return pos
 
 

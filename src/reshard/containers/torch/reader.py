@@ -19,7 +19,7 @@ from reshard.containers.torch.nesting import check_depth, check_sharing
 from reshard.containers.torch.records import Pickled, Storage, TorchFile
 from reshard.containers.torch.storages import parse_storage_id
 from reshard.core.tensors import Record
-from reshard.errors import FormatError, UnsupportedError
+from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.storage.source import Source
 
 
@@ -109,7 +109,14 @@ def _parse(
         compactor=compactor,
         devices=devices,
     )
-    value, end = machine.run()
+    try:
+        value, end = machine.run()
+    except ReshardError:
+        if machine.has_lost_rows():
+            raise RecalledError from None
+        raise
+    if machine.has_lost_rows() or machine.holds_rows():
+        raise RecalledError
     machine.memo = Memo()  # what only the memo holds is a third of it
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)

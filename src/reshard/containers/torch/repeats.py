@@ -10,83 +10,65 @@ records of one class are spelt alike, but for their numbers and for which string
     u b                                              the dict becomes the object's state
 
 `Repeats` makes a regular expression of the first such record that it meets, and matches the next
-ones by it: 3 us a record, which opcode by opcode takes 7. What it builds is what the opcodes would
-build, but for the class: `Instance`, which takes a third of the memory of an `Opaque`. Of what the
-opcodes would put into the memo, intermediate values are left out; a pickle that recalls such a one
-(`RecalledError`) is read again opcode by opcode (`memo.py`).
+ones by it: 3 us a record, which opcode by opcode takes 7. Of a long run all that a frame holds are
+matched at once, and are columns (`bulk`, `rows`): 1 us a record. What it builds is what the
+opcodes would build, but for the class: `Instance`, which takes a third of the memory of an
+`Opaque`. Of what the opcodes would put into the memo, intermediate values are left out; a pickle
+that recalls such a one (`RecalledError`) is read again opcode by opcode (`memo.py`).
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
+from reshard.containers.torch import bulk
 from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
 from reshard.containers.torch.memo import LEFT_OUT
 from reshard.containers.torch.records import Global, Instance
-from reshard.core.regex import regex
+from reshard.containers.torch.rows import Ledger, Rows
+from reshard.containers.torch.spans import Spans
+from reshard.containers.torch.spelling import (
+    GET,
+    IS_INT,
+    IS_SIZE,
+    IS_TEXT,
+    Spelling,
+    get_at,
+    learn,
+    plan_of,
+    recalled,
+)
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
 
-#: What opens a record after the class and the empty tuple of its arguments.
-OPENING = b"\x81\x94}\x94("
-_CLOSING = b"ub"
-_GET = rb"(h.|j.{4})"
-# Bytes of the two, with their numbers.
-_GETS = {b"h": 2, b"j": 5}
-# A string: recalled, or spelt with its length, which is compared, and put into the memo.
-_TEXT = rb"(h.|j.{4}|\x8c.[^\x94]*\x94)"
-_ONE_TEXT = regex(rb"\x8c.[^\x94]*\x94", re.DOTALL)
-_INT = rb"(K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"
-_ONE_INT = regex(_INT, re.DOTALL)
-_TUPLES = {1: b"\x85\x94", 2: b"\x86\x94", 3: b"\x87\x94"}
-_CALLED = b"\x85\x94R\x94"
-_SIZE = "torch.Size"
-_CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
-# Fields and dimensions of a record; of a class, spellings, and records that cannot be learnt from.
-_MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
+# Of a class, spellings, and records that cannot be learnt from.
+_MAX_SPELLINGS, _MAX_LESSONS = 8, 4
 # Records of a run between two looks at the budgets.
 _MAX_RUN = 4096
 # Sizes that are kept to be used again; numbers and records, which take more each; texts.
 _MAX_KNOWN, _MAX_SPELT, _MAX_TEXTS = 1 << 17, 1 << 14, 1 << 12
-_U32 = struct.Struct("<I").unpack_from
-
-_IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
-
-
-class _Field(NamedTuple):
-    """A field's value: a string, a number or a size of groups `first` to `last`, or a constant."""
-
-    kind: int
-    first: int = 0
-    last: int = 0
-    value: object = None
-
-
-class _Spelling(Struct, frozen=True, eq=False):
-    """How the records of a class are spelt after the class: a pattern, and what its groups are."""
-
-    cls: Global
-    source: bytes
-    pattern: re.Pattern[bytes]
-    keys: tuple[str, ...]
-    fields: tuple[_Field, ...]
-    groups: int
-    #: Of a spelling without strings, what was made already of the same bytes: chunks repeat in
-    #: every layer.
-    made: dict[bytes, tuple[Instance, list[object]]] | None
+# Bytes of a pickle from which on runs are matched in bulk, for which numpy is imported: 0.1 s.
+MIN_BULK_NBYTES = 1 << 21
+# Records that are matched one by one before, and bytes that are too few to go on.
+_MIN_RUN, _FEW_NBYTES = 16, 1 << 15
+# Bytes without a run that are looked through, and ways in which records follow each other.
+_MAX_WASTED, _MAX_PLANS = 4 << 20, 64
 
 
 class Repeats:
     """The spellings of one pickle. Forgets all of them where the memo is overwritten."""
 
-    def __init__(self) -> None:
-        self._known: dict[Global, list[_Spelling]] = {}
+    def __init__(self, nbytes: int) -> None:
+        self.spans = Spans()
+        self.ledger = Ledger()
+        self._in_bulk = nbytes >= MIN_BULK_NBYTES
+        # Bytes that were looked through for runs, without and with success.
+        self._wasted = self._gained = 0
+        self._plans: dict[tuple[bytes, ...], bulk.Plan] = {}
+        self._known: dict[Global, list[Spelling]] = {}
         self._following: dict[tuple[bytes, ...], re.Pattern[bytes]] = {}
         self._failed: Counter[Global] = Counter()
         self._ints: dict[bytes, int] = {}
@@ -96,6 +78,8 @@ class Repeats:
 
     def forget(self) -> None:
         """The memo was overwritten: the names that patterns recall may be others now."""
+        self.spans.forget()
+        self._plans.clear()
         self._known.clear()
         self._texts.clear()
         self._classes.clear()
@@ -109,7 +93,7 @@ class Repeats:
             return pos
         found = self._match(m, cls, pos)
         if found is None:
-            return pos
+            return self.spans.read(m, cls, pos)
         first, match = found
         known = None if first.made is None else first.made.get(match[0])
         if known is None:
@@ -125,7 +109,7 @@ class Repeats:
         m.made_nbytes += CALL_NBYTES + TUPLE_NBYTES
         return self._run(m, first, match.end())
 
-    def _run(self, m: Machine, first: _Spelling, pos: int) -> int:
+    def _run(self, m: Machine, first: Spelling, pos: int) -> int:
         """The records after the first: of its class, or of another class and its own in turn."""
         cycle = self._cycle(m, first, pos)
         if not cycle:
@@ -133,34 +117,79 @@ class Repeats:
         key = tuple(one.source for one in cycle)
         pattern = self._following.get(key)
         if pattern is None:
-            source = b"".join(_GET + rb"\)" + one.source for one in cycle)
+            source = b"".join(GET + rb"\)" + one.source for one in cycle)
             pattern = self._following[key] = re.compile(source, re.DOTALL)
         alike = first.made if len(cycle) == 1 else None
         count = 0
+        in_bulk = self._in_bulk and m.learning < pos
+        in_bulk = in_bulk and self._wasted < _MAX_WASTED + 4 * self._gained
         while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
             known = None if alike is None else alike.get(match[0])
-            if known is not None:
+            if known is None:
+                memo: list[object] = []
+                records = self._made(m, cycle, match.groups(), memo)
+                if len(records) < len(cycle):
+                    break
+                if alike is not None and len(alike) < _MAX_SPELT:
+                    alike[match[0]] = records[0], memo
+                m.stack.extend(records)
+            else:
                 m.stack.append(known[0])
-                m.memo.recent += known[1]
-                count += 1
-                pos = match.end()
-                continue
-            memo: list[object] = []
-            records = self._made(m, cycle, match.groups(), memo)
-            if len(records) < len(cycle):
-                break
-            if alike is not None and len(alike) < _MAX_SPELT:
-                alike[match[0]] = records[0], memo
-            m.stack.extend(records)
+                memo = known[1]
             m.memo.recent += memo
-            count += len(records)
+            count += len(cycle)
             pos = match.end()
+            if in_bulk and count >= _MIN_RUN:
+                # Those that a frame cuts off are matched one by one.
+                end = self._columns(m, cycle, match.groups(), pos)
+                in_bulk = end - pos > _FEW_NBYTES
+                pos = end
         m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
         m.check_budgets(pos)
         return pos
 
+    def beyond(self, stack: list[object]) -> int:
+        """How many more records a stack stands for than it has entries."""
+        return self.ledger.extra if stack is self.ledger.stack else 0
+
+    def _columns(
+        self, m: Machine, cycle: list[Spelling], groups: tuple[bytes, ...], pos: int
+    ) -> int:
+        """Read the records from `pos` on as columns; `groups` are those of the ones before. Returns
+        the position after them."""
+        # The classes are recalled alike: their names were compared in the match before.
+        classes = [groups[0]] if len(cycle) == 1 else [groups[0], groups[1 + cycle[0].groups]]
+        key = (*classes, *(one.source for one in cycle))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = plan_of(cycle, classes)
+        stop = min(m.frame if m.frame > pos else len(m.data), pos + bulk.WINDOW)
+        found = bulk.match(m.data, pos, stop, plan, m.memo)
+        self._wasted += stop - (pos if found is None else found.end)
+        if found is None:
+            return pos
+        self._gained += found.end - pos
+        first = 0
+        for one in cycle:
+            own = found.columns[first : first + one.groups]
+            columns = tuple([one.column(field, own) for field in one.fields])
+            alternate = len(cycle) > 1
+            m.stack.append(
+                Rows(one.cls.name, one.keys, columns, found.count, self.ledger, alternate=alternate)
+            )
+            first += one.groups
+        if self.ledger.stack is not m.stack:
+            self.ledger.stack, self.ledger.extra = m.stack, 0
+        self.ledger.extra += (found.count - 1) * len(cycle)
+        m.memo.skip(found.memoized, found.numbers, found.texts)
+        m.made_nbytes += found.count * len(cycle) * (CALL_NBYTES + TUPLE_NBYTES)
+        m.check_budgets(found.end)
+        return found.end
+
     def _made(
-        self, m: Machine, cycle: list[_Spelling], groups: tuple[bytes, ...], memo: list[object]
+        self, m: Machine, cycle: list[Spelling], groups: tuple[bytes, ...], memo: list[object]
     ) -> list[Instance]:
         """The records of a match of several, each after its class; fewer where one is not right."""
         records: list[Instance] = []
@@ -168,7 +197,7 @@ class Repeats:
         for one in cycle:
             cls = self._classes.get(groups[start])
             if cls is None:
-                cls = self._classes[groups[start]] = _recalled(m, groups[start])
+                cls = self._classes[groups[start]] = recalled(m, groups[start])
             end = start + 1 + one.groups
             made = self._make(m, one, groups[start + 1 : end], memo) if cls is one.cls else None
             if made is None:
@@ -177,19 +206,19 @@ class Repeats:
             start = end
         return records
 
-    def _cycle(self, m: Machine, first: _Spelling, pos: int) -> list[_Spelling]:
+    def _cycle(self, m: Machine, first: Spelling, pos: int) -> list[Spelling]:
         """The spellings that follow a record of `first`, up to and with the next of it."""
-        raw = _get_at(m.data, pos)
+        raw = get_at(m.data, pos)
         after = pos + len(raw)
         if not raw or m.data[after : after + 1] != b")":
             return []
-        cls = _recalled(m, raw)
+        cls = recalled(m, raw)
         if cls is first.cls:
             return [first]
         found = self._match(m, cls, after + 1) if isinstance(cls, Global) else None
         return [] if found is None else [found[0], first]
 
-    def _match(self, m: Machine, cls: Global, pos: int) -> tuple[_Spelling, re.Match[bytes]] | None:
+    def _match(self, m: Machine, cls: Global, pos: int) -> tuple[Spelling, re.Match[bytes]] | None:
         """The spelling of the record at `pos`, learnt from it if it is new."""
         known = self._known.setdefault(cls, [])
         for spelling in known:
@@ -198,7 +227,7 @@ class Repeats:
                 return spelling, match
         if len(known) >= _MAX_SPELLINGS or self._failed[cls] >= _MAX_LESSONS:
             return None
-        learnt = _learn(m, cls, pos)
+        learnt = learn(m, cls, pos)
         match = None if learnt is None else learnt.pattern.match(m.data, pos)
         if learnt is None or match is None:
             self._failed[cls] += 1
@@ -207,14 +236,14 @@ class Repeats:
         return learnt, match
 
     def _make(
-        self, m: Machine, one: _Spelling, groups: tuple[bytes, ...], memo: list[object]
+        self, m: Machine, one: Spelling, groups: tuple[bytes, ...], memo: list[object]
     ) -> Instance | None:
         """The record that a match spells; `memo` gets what its opcodes put into the memo."""
         values: list[object] = []
         place = len(memo)
         memo += (None, LEFT_OUT)
         for kind, first, last, constant in one.fields:
-            if kind == _IS_SIZE:
+            if kind == IS_SIZE:
                 try:
                     numbers = tuple([self._ints[group] for group in groups[first:last]])
                 except KeyError:
@@ -230,11 +259,11 @@ class Repeats:
                     memo.append(LEFT_OUT)
                 memo += (LEFT_OUT, size)
                 values.append(size)
-            elif kind == _IS_INT:
+            elif kind == IS_INT:
                 group = groups[first]
                 known = self._ints.get(group)
                 values.append(self._int(group) if known is None else known)
-            elif kind == _IS_TEXT:
+            elif kind == IS_TEXT:
                 group = groups[first]
                 value = _text(group) if group[0] == 0x8C else self._recalled_text(m, group)
                 if type(value) is not str:
@@ -252,7 +281,7 @@ class Repeats:
         """What an opcode recalls. Files' names are recalled for each of their items."""
         value = self._texts.get(raw)
         if value is None:
-            value = _recalled(m, raw)
+            value = recalled(m, raw)
             if type(value) is str:
                 if len(self._texts) >= _MAX_TEXTS:
                     self._texts.clear()
@@ -278,84 +307,3 @@ def _text(raw: bytes) -> str | None:
         return raw[2:-1].decode()
     except UnicodeDecodeError:
         return None  # the opcode may still know what to make of it
-
-
-def _get_at(data: bytes, pos: int) -> bytes:
-    """The opcode at `pos` that recalls a value, with its number; empty where there is none."""
-    nbytes = _GETS.get(data[pos : pos + 1], 0)
-    raw = data[pos : pos + nbytes]
-    return raw if len(raw) == nbytes else b""
-
-
-def _recalled(m: Machine, raw: bytes) -> object:
-    """What an opcode recalls of the memo; None where it is missing."""
-    index = raw[1] if len(raw) == 2 else _U32(raw, 1)[0]
-    return m.memo[index] if index < len(m.memo) else None
-
-
-def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
-    """How the record at `pos` is spelt; None where it is not one of simple fields."""
-    data = m.data
-    pos += len(OPENING)
-    source = re.escape(OPENING)
-    keys: list[str] = []
-    fields: list[_Field] = []
-    groups = 0
-    while not data.startswith(_CLOSING, pos):
-        raw = _get_at(data, pos)
-        key = _recalled(m, raw) if raw else None
-        if type(key) is not str or key in keys or len(keys) >= _MAX_FIELDS:
-            return None
-        pos += len(raw)
-        source += re.escape(raw)
-        keys.append(key)
-        raw = _get_at(data, pos)
-        value = _recalled(m, raw) if raw else None
-        if isinstance(value, Global) and value.name == _SIZE:
-            found = _size(data, pos + len(raw))
-            if found is None:
-                return None
-            count, spelt, pos = found
-            source += re.escape(raw) + spelt
-            fields.append(_Field(_IS_SIZE, groups, groups + count))
-            groups += count
-        elif type(value) is str or _ONE_TEXT.match(data, pos) is not None:
-            source += _TEXT
-            fields.append(_Field(_IS_TEXT, groups))
-            groups += 1
-            text = _ONE_TEXT.match(data, pos)
-            pos = pos + len(raw) if text is None else text.end()
-        elif (match := _ONE_INT.match(data, pos)) is not None:
-            source += _INT
-            fields.append(_Field(_IS_INT, groups))
-            groups += 1
-            pos = match.end()
-        elif data[pos : pos + 1] in _CONSTANTS:
-            code = data[pos : pos + 1]
-            source += re.escape(code)
-            fields.append(_Field(_IS_CONSTANT, value=_CONSTANTS[code]))
-            pos += 1
-        else:
-            return None
-    if not keys:
-        return None
-    source += _CLOSING
-    pattern = re.compile(source, re.DOTALL)
-    textless = all(one.kind != _IS_TEXT for one in fields)
-    made: dict[bytes, tuple[Instance, list[object]]] | None = {} if textless else None
-    return _Spelling(cls, source, pattern, tuple(keys), tuple(fields), groups, made)
-
-
-def _size(data: bytes, pos: int) -> tuple[int, bytes, int] | None:
-    """The size at `pos`, after the name of its class: its dimensions, its pattern, its end."""
-    marked = data[pos : pos + 1] == b"("
-    pos += marked
-    count = 0
-    while count < _MAX_DIMS and (match := _ONE_INT.match(data, pos)) is not None:
-        count, pos = count + 1, match.end()
-    built = b"t\x94" if marked else _TUPLES.get(count, b")")
-    end = built + _CALLED
-    if not data.startswith(end, pos):
-        return None
-    spelt = rb"\(" * marked + _INT * count + re.escape(end)
-    return count, spelt, pos + len(end)
