@@ -52,7 +52,12 @@ class FitOptions(Struct, frozen=True):
 
     def allows(self, name: str, prefix: str = "") -> bool:
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
-        return bool(self.allow) and matched({name, name.removeprefix(prefix)}, self.allow)
+        if not self.allow:
+            return False
+        found = _matcher(self.allow)
+        if found(name) is not None:
+            return True
+        return name.startswith(prefix) and found(name[len(prefix) :]) is not None
 
 
 def matched(names: Collection[str], patterns: Iterable[str]) -> bool:

@@ -22,6 +22,13 @@ _OTHERWISE = (
     "In some modules of the base the checkpoint holds other tensors, as in an unknown layout: it "
     "would be wrong to leave these out, and wrong to take the base's."
 )
+_FROZEN = (
+    "If they were frozen and left out when it was saved, take them from the base: --fill-from-base."
+)
+_WITHOUT_LAYERS = (
+    f"{_FROZEN} If the model that was trained has fewer layers, pass its own base as --base."
+)
+_BIASES = "What it has no place for are biases of its modules: a model without them is another one."
 # Experts of all layers that are taken in any case: the largest models have half as many.
 _MAX_EXPERTS = 1 << 17
 # Names shown of each list; the error's fields hold all of them.
@@ -61,14 +68,18 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         return resized
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
-    traits = wrong_base.differing(source, base)
+    apart = wrong_base.differing(source, base)
     check = _BASE if chosen else _CHECK
-    if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
-        body = _diagnosis(counted, traits, (missing, unexpected, clashes))
+    layers = _layers(apart)
+    if (clashes or unexpected) and {t.name for t in apart.traits} & {"layers", "hidden size"}:
+        body = _diagnosis(f"{counted}.{layers}", apart.traits, (missing, unexpected, clashes))
         hint = f"{check} All names: reshard inspect SRC --base BASE --json."
     else:
-        body = _lists(f"{counted}{candidate.read_as}.", missing, unexpected, clashes)
+        first = f"{counted}{candidate.read_as}.{layers}"
+        body = _lists(first, missing, unexpected, clashes)
         hint = _hint(candidate, missing, unexpected, clashes, check)
+        if apart.lacking and not (unexpected or clashes):
+            hint = _WITHOUT_LAYERS
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
@@ -109,6 +120,14 @@ def _resized_alone(candidate: Candidate) -> NamesError | None:
     )
 
 
+def _layers(apart: wrong_base.Differences) -> str:
+    """Which whole layers are on one side alone."""
+    told = [f" The checkpoint lacks {listed(apart.lacking)}."] if apart.lacking else []
+    if apart.beyond:
+        told.append(f" The base lacks {listed(apart.beyond)}.")
+    return "".join(told)
+
+
 def _diagnosis(
     counted: str, traits: tuple[wrong_base.Trait, ...], lists: tuple[Sequence[str], ...]
 ) -> str:
@@ -120,7 +139,7 @@ def _diagnosis(
         f"{len(clashes)} have another shape ({clashes[0]})" if clashes else "",
     ]
     return (
-        f"{counted}.\n{wrong_base.table(traits)}\n"
+        f"{counted}\n{wrong_base.table(traits)}\n"
         f"Of the tensors, {', '.join(part for part in parts if part)}."
     )
 
@@ -153,10 +172,7 @@ def _hint(
 ) -> str:
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
-        return (
-            "If they were frozen and left out when it was saved, take them from the base: "
-            "--fill-from-base."
-        )
+        return _FROZEN
     matched = len(candidate.of(Verdict.MATCHED))
     if _holds_otherwise(candidate):
         return f"{check} {_OTHERWISE}"
@@ -164,6 +180,8 @@ def _hint(
         return check
     if _replaced(candidate):
         return f"{check} {_OTHERWISE}"
+    if _holds_biases(candidate):
+        return f"{check} {_BIASES}"
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
@@ -188,6 +206,15 @@ def _replaced(candidate: Candidate) -> bool:
         for hub in candidate.of(Verdict.UNEXPECTED)
     )
     return any(head is not None and head in lacking for head in apart)
+
+
+def _holds_biases(candidate: Candidate) -> bool:
+    """Whether a module that fits has a bias beside, which the base's has not: to leave it out would
+    change what was trained."""
+    biased = {hub.rpartition(".")[0] for hub in candidate.of(Verdict.UNEXPECTED)
+              if hub.endswith(".bias")}  # fmt: skip
+    kept = (*candidate.of(Verdict.MATCHED), *candidate.of(Verdict.RESIZED))
+    return bool(biased) and any(hub.rpartition(".")[0] in biased for hub in kept)
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:

@@ -277,8 +277,8 @@ def templates_of(names: Iterable[str]) -> Iterator[str | None]:
 
     A thousand names are one text, in which a third of the time is needed.
 
-    >>> list(templates_of(["layers.3.up", "a\0.weight"]))
-    ['layers.\\x00.up', None]
+    >>> list(templates_of(["layers.3.up", "norm.weight", "\\0.weight"]))
+    ['layers.\\x00.up', 'norm.weight', None]
     """
     rest = iter(names)
     while some := [*islice(rest, _AT_ONCE)]:

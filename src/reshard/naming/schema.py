@@ -63,7 +63,7 @@ def bare_layout(config: Mapping[str, Any]) -> Layout:
     """The layout of files saved from the backbone class: no name contains the backbone's part."""
     part = backbone_part(config)
     names = (("lm_head.**", "lm_head.**"), (f"{part}.**", "**"))
-    return Layout("as saved from the backbone class", names=names)
+    return Layout("as saved from the backbone class", (0,), names=names)
 
 
 def backbone_part(config: Mapping[str, Any]) -> str:
