@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import reshard
 from reshard.errors import IncompleteError
+from reshard.storage import source
 from reshard.storage.local import Sources
 
 SRC = Path(__file__).parents[1] / "src"
@@ -167,3 +168,24 @@ def test_an_error_is_no_longer_than_a_screen() -> None:
     error = reshard.FormatError("x" * 10**6, tensor="n" * 10**6, hint="Mend it.")
     assert len(str(error)) < 11_000
     assert str(error).endswith("... Mend it.")
+
+
+@pytest.mark.parametrize("kept_open", [True, False])
+def test_a_file_is_compared_with_bytes(
+    tmp_path: Path, kept_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_COMPARED_NBYTES", 100)
+    whole = np.random.default_rng(1).bytes(1050)
+    (tmp_path / "file").write_bytes(whole)
+    with Sources() as sources:
+        file = sources.open(tmp_path / "file")
+        if not kept_open:
+            file.close()
+        for start, stop in ((0, 1050), (0, 100), (50, 950), (1049, 1050), (7, 7)):
+            assert file.equals(start, whole[start:stop])
+        for at in (0, 99, 100, 549, 1049):
+            other = bytearray(whole)
+            other[at] ^= 1
+            assert not file.equals(0, bytes(other))
+        with pytest.raises(IncompleteError):
+            file.equals(1000, whole[1000:] + b"x")

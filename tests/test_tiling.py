@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reshard.core import tiling
 from reshard.core.dtypes import UINT8
 from reshard.core.tensors import Box, Entry, Extent, FileRef, Fragment, Shape, TensorSpec
-from reshard.core.tiling import check_tiling, overlapping, tiles
+from reshard.core.tiling import check_tiling, is_grid, overlapping, tiles
 from reshard.errors import FormatError, IncompleteError, ReshardError
 
 FILE = FileRef("/f")
@@ -225,3 +225,41 @@ def test_an_overlap_that_no_search_finds_is_still_refused(monkeypatch: pytest.Mo
     assert sum(box.numel for box in boxes) == 16
     with pytest.raises(FormatError, match="some of its 3 parts hold the same elements: 16 for 16"):
         check_tiling(entry_of(boxes, shape))
+
+
+@st.composite
+def blocks_of_one_size(draw: st.DrawFn) -> tuple[list[Box], Shape]:
+    """A grid of equal blocks, of which some were moved or left out; or a shape that it overlaps."""
+    size = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    grid = tuple([draw(st.integers(1, 3)) for _ in size])
+    shape = tuple(
+        a * b + draw(st.sampled_from([0, 0, 0, 1])) for a, b in zip(size, grid, strict=True)
+    )
+    starts = [tuple(map(int.__mul__, at, size)) for at in np.ndindex(*grid)]
+    boxes = [Box(shape, start, size) for start in draw(st.permutations(starts))]
+    for _ in range(draw(st.integers(0, 1))):
+        number = draw(st.integers(0, len(boxes) - 1))
+        moved = tuple([draw(st.integers(0, limit)) for limit in shape])
+        boxes[number] = Box(shape, moved, size)
+    return boxes[: draw(st.sampled_from([len(boxes), len(boxes), len(boxes) - 1]))], shape
+
+
+@settings(max_examples=300, deadline=None)
+@given(blocks_of_one_size())
+def test_an_even_grid_is_known_at_once(drawn: tuple[list[Box], Shape]) -> None:
+    boxes, shape = drawn
+    if not boxes:
+        return
+    inside = all(
+        start + size <= limit
+        for box in boxes
+        for start, size, limit in zip(box.offsets, box.sizes, shape, strict=True)
+    )
+    right = inside and bool((counted(boxes, shape) == 1).all())
+    assert is_grid([box.offsets for box in boxes], [box.sizes for box in boxes], shape) == right
+
+
+def test_parts_that_are_no_even_grid() -> None:
+    assert not is_grid([(0,), (2,)], [(2,), (1,)], (3,))
+    assert not is_grid([(0, 0), (0, 1)], [(0, 1), (0, 1)], (0, 2))
+    assert not is_grid([], [], (3,))

@@ -112,6 +112,46 @@ def test_damage_to_a_file_like_another_is_found_as_before(
     assert str(beside.value) == str(alone.value)
 
 
+def streamed(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that was written as a stream: it does not hold its own name."""
+    saved(path, device, monkeypatch)
+    content = {"module": {f"w{i}": torch.empty(0) for i in range(5)}, "steps": 3}
+    with path.open("wb") as file:
+        torch.save(content, file)
+    return path
+
+
+def test_directories_that_differ_by_checksums_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parsed: Counter[str]
+) -> None:
+    paths = [streamed(tmp_path / f"{n}.pt", f"cuda:{n % 3}", monkeypatch) for n in range(6)]
+    files = each(*paths)
+    assert parsed == {"directories": 1, "pickles": 1}
+    assert all(file.value is files[0].value for file in files)
+
+
+@pytest.mark.parametrize("name", [b"data.pkl", b"data/0", b"version", b".data/serialization_id"])
+def test_checksums_that_are_wrong_are_found_as_before(
+    name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = streamed(tmp_path / "0.pt", "cuda:0", monkeypatch)
+    for number, device in enumerate(("cuda:0", "cuda:1")):
+        bad = streamed(tmp_path / f"bad{number}.pt", device, monkeypatch)
+        raw = bytearray(bad.read_bytes())
+        at = raw.rindex(b"archive/" + name) - 46
+        assert raw[at : at + 4] == b"PK\1\2"
+        for wrong in (b"\0\0\0\0", b"abcd"):
+            raw[at + 16 : at + 20] = wrong
+            bad.write_bytes(raw)
+            outcomes = []
+            for before in ((), (good,)):
+                try:
+                    outcomes.append(each(*before, bad)[-1].warnings)
+                except ReshardError as error:
+                    outcomes.append((str(error),))
+            assert outcomes[0] == outcomes[1]
+
+
 def test_a_directory_that_holds_the_folder_elsewhere_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parsed: Counter[str]
 ) -> None:

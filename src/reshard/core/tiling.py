@@ -16,6 +16,7 @@ it is a product over the dimensions, and is compared at random numbers instead.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -119,6 +120,26 @@ def tiles(boxes: Sequence[Box], shape: Shape) -> bool:
     if len(boxes) << len(cut) <= _MAX_CORNERS:
         return _corners_cancel(boxes, shape, cut)
     return _sums_agree(boxes, shape, cut)
+
+
+def is_grid(offsets: Sequence[Shape], sizes: Sequence[Shape], shape: Shape) -> bool:
+    """Whether the parts are all those of an even grid, each once: they then tile the array. Other
+    parts may tile it, too.
+
+    >>> is_grid([(0, 0), (2, 0)], [(2, 3), (2, 3)], (4, 3))
+    True
+    """
+    if len(set(sizes)) != 1 or len(set(offsets)) != len(offsets):
+        return False
+    size = sizes[0]
+    if 0 in size or len(offsets) * math.prod(size) != math.prod(shape):
+        return False
+    # Each begins at a corner of the grid, no two at the same, and they are as many as its corners.
+    columns = map(set, zip(*offsets, strict=True))
+    return all(
+        limit % step == 0 and all(start in range(0, limit, step) for start in starts)
+        for starts, step, limit in zip(columns, size, shape, strict=True)
+    )
 
 
 def _corners_cancel(boxes: Sequence[Box], shape: Shape, cut: Sequence[int]) -> bool:

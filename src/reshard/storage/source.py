@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Which file it is: its device, inode, size and time of change; of an object its tag and size.
 Identity = tuple[int, int, int, int]
+# Bytes that are read before they are compared: 512 KiB take two thirds of the time of 20 MB.
+_COMPARED_NBYTES = 1 << 19
 
 
 class Source:
@@ -54,6 +56,23 @@ class Source:
         nbytes = min(len(buffer), max(self.size - offset, 0))
         self.read_into(offset, buffer[:nbytes])
         return nbytes
+
+    def equals(self, offset: int, data: bytes) -> bool:
+        """Whether the bytes from `offset` on are `data`; they are read up to where they differ.
+
+        Raises `IncompleteError` where the file ends before.
+        """
+        # An opened file some at a time: what was read is then compared in the processor's cache.
+        block = len(data) if self._fd is None else min(len(data), _COMPARED_NBYTES)
+        buffer, view = bytearray(block), memoryview(data)
+        for at in range(0, len(data), max(block, 1)):
+            part = view[at : at + block]
+            if len(part) < len(buffer):
+                buffer = bytearray(len(part))
+            self.read_into(offset + at, memoryview(buffer))
+            if buffer != part:
+                return False
+        return True
 
     def identity_now(self) -> Identity | None:
         """Which file is there now under the name; None where none is.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from msgspec import Struct
 
 from reshard.containers import copies
 from reshard.containers.dcp import sharing
-from reshard.containers.dcp.columns import places
+from reshard.containers.dcp.columns import files_of
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
@@ -27,11 +28,13 @@ from reshard.core.tensors import (
     TensorKind,
     TensorSpec,
 )
-from reshard.core.tiling import proven, stored_whole
+from reshard.core.tiling import is_grid, proven, stored_whole
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
 
 _RANK_DATA = regex(r"__(\d+)_\d+\.distcp")
+#: What is said of a tensor: dtype, shape, offsets and sizes of its chunks.
+_Layout: TypeAlias = "tuple[str, Shape, tuple[Shape, ...], tuple[Shape, ...]]"
 # Chunks of a layout that is kept to be met again.
 _MAX_REPEATED = 4096
 
@@ -79,7 +82,7 @@ class _Finder:
         self._folder = folder
         self._located = located
         self._items = Items(folder, sources)
-        self._proven: dict[tuple[str, Shape, tuple[tuple[Shape, Shape], ...]], _Proven] = {}
+        self._proven: dict[_Layout, _Proven] = {}
 
     def entry(self, key: str, name: str, tensor: StoredTensor) -> tuple[Entry, list[Record]]:
         """One tensor with all its chunks found, and the checksums of their bytes."""
@@ -87,13 +90,19 @@ class _Finder:
             spec = TensorSpec(name, dtypes.parse(tensor.dtype), tensor.shape)
         except UnsupportedError as error:
             raise UnsupportedError(error.message, path=self._folder, tensor=name) from None
-        cut = tuple([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
-        layout = (tensor.dtype, spec.shape, cut)
+        layout = (
+            tensor.dtype,
+            spec.shape,
+            tuple([chunk.offsets for chunk in tensor.chunks]),
+            tuple([chunk.sizes for chunk in tensor.chunks]),
+        )
         known = self._proven.get(layout)
         boxes = self._boxes(spec, tensor) if known is None else known.boxes
+        if known is None and spec.shape and is_grid(*layout[2:], spec.shape):
+            known = self._note(layout, spec, boxes)
         if known is not None and not self._located:
-            places = zip(tensor.chunks, known.nbytes, strict=True)
-            extents = [self._promised(spec, chunk, nbytes) for chunk, nbytes in places]
+            copies = [self._copies(spec, chunk) for chunk in tensor.chunks]
+            extents = self._items.promised_all(known.nbytes, copies)
             return _whole_or_parts(spec, boxes, extents), []
         fragments = []
         records = []
@@ -110,10 +119,15 @@ class _Finder:
             return _whole_or_parts(spec, boxes, extents), records
         with at(self._folder):
             entry = proven(spec, fragments, _kind(spec))
-        if len(layout[2]) <= _MAX_REPEATED:
-            nbytes = tuple([box.numel * spec.dtype.itemsize for box in boxes])
-            self._proven[layout] = _Proven(boxes, nbytes)
+        self._note(layout, spec, boxes)
         return entry, records
+
+    def _note(self, layout: _Layout, spec: TensorSpec, boxes: tuple[Box, ...]) -> _Proven:
+        """Remember that boxes tile a tensor, if they are few."""
+        found = _Proven(boxes, tuple([box.numel * spec.dtype.itemsize for box in boxes]))
+        if len(boxes) <= _MAX_REPEATED:
+            self._proven[layout] = found
+        return found
 
     def _boxes(self, spec: TensorSpec, tensor: StoredTensor) -> tuple[Box, ...]:
         for chunk in tensor.chunks:
@@ -130,7 +144,7 @@ class _Finder:
         """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
         part = TensorSpec(key, spec.dtype, chunk.sizes)
         if not self._located:
-            extent = self._promised(spec, chunk, part.nbytes)
+            (extent,) = self._items.promised_all([part.nbytes], [self._copies(spec, chunk)])
             return StoredItem(spec.dtype, chunk.sizes, None, extent, None)
         copies = self._copies(spec, chunk)
         found = [self._items.locate(part, chunk.offsets, copy) for copy in copies]
@@ -144,11 +158,6 @@ class _Finder:
                 "away.",
             )
         return found[0]
-
-    def _promised(self, spec: TensorSpec, chunk: Chunk, nbytes: int) -> Extent:
-        """Where a chunk of `nbytes` lies, as the metadata says."""
-        extents = [self._items.promised(nbytes, copy) for copy in self._copies(spec, chunk)]
-        return extents[0]
 
     def _copies(self, spec: TensorSpec, chunk: Chunk) -> tuple[Location, ...]:
         if not chunk.copies:
@@ -194,6 +203,6 @@ def scalar(entry: Entry) -> TensorRef:
 
 def world_size(metadata: Metadata) -> int | None:
     """One more than the highest rank that wrote a file that is in use."""
-    files = {place.file for _, place in places(metadata)}
+    files = files_of(metadata)
     ranks = [int(match[1]) for file in files if (match := _RANK_DATA.fullmatch(file))]
     return max(ranks) + 1 if ranks else None

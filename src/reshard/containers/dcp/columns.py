@@ -148,6 +148,20 @@ class Places:
             ends[file] = offset + nbytes
         return True
 
+    def copies(self, rows: Iterable[int]) -> Iterator[tuple[Location, ...]]:
+        """The place of each row, alone; none of one that is negative."""
+        names, files, offsets, sizes = self.files.values, self._file, self._offset, self._nbytes
+        if self._transforms:
+            return (() if row < 0 else (self.location(row),) for row in rows)
+        return (
+            () if row < 0 else (Location(names[files[row]], offsets[row], sizes[row]),)
+            for row in rows
+        )
+
+    def files_of(self, rows: Iterable[int]) -> set[str]:
+        """The names of the files that rows are of."""
+        return {*map(self.files.values.__getitem__, set(map(self._file.__getitem__, rows)))}
+
     def location(self, row: int) -> Location:
         """The place of a row."""
         file = self.files.values[self._file[row]]
@@ -193,9 +207,17 @@ class StoredTensors(Mapping[str, StoredTensor]):
         if number is None or layout is None:
             raise KeyError(key)
         cut = layout.cut
-        copies = map(self._copies, self._rows_of(number, cut))
+        copies = self._places.copies(self._rows_of(number, cut))
         chunks = (*map(Chunk, cut.offsets, cut.sizes, copies),)
         return StoredTensor(layout.dtype, layout.shape, chunks)
+
+    def dtype(self, key: str) -> str:
+        """The name of a tensor's type."""
+        number = self._keys.known(key)
+        layout = None if number is None else self._layout(number)
+        if layout is None:
+            raise KeyError(key)
+        return layout.dtype
 
     def __contains__(self, key: object) -> bool:
         number = self._keys.known(key) if isinstance(key, str) else None
@@ -210,6 +232,10 @@ class StoredTensors(Mapping[str, StoredTensor]):
     def apart(self) -> bool:
         """Whether the order of the items proves that no two share a byte."""
         return self._places.apart()
+
+    def files(self) -> set[str]:
+        """The names of the files that hold items."""
+        return self._places.files_of(row for row in self._rows if row >= 0)
 
     def places(self) -> Iterator[tuple[str, Location]]:
         """Every item, with its key."""
@@ -227,9 +253,6 @@ class StoredTensors(Mapping[str, StoredTensor]):
     def _rows_of(self, number: int, cut: Cut) -> array[int]:
         start = self._starts[number]
         return self._rows[start : start + len(cut.offsets)]
-
-    def _copies(self, row: int) -> tuple[Location, ...]:
-        return () if row < 0 else (self._places.location(row),)
 
 
 class Paths(Mapping[str, Path]):
@@ -260,6 +283,22 @@ class Paths(Mapping[str, Path]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+
+def dtype_of(metadata: Metadata, key: str) -> str:
+    """The name of a tensor's type."""
+    tensors = metadata.tensors
+    return tensors.dtype(key) if isinstance(tensors, StoredTensors) else tensors[key].dtype
+
+
+def files_of(metadata: Metadata) -> set[str]:
+    """The names of the files that hold items."""
+    tensors = metadata.tensors
+    if isinstance(tensors, StoredTensors):
+        found = tensors.files()
+        found.update(place.file for copies in metadata.objects.values() for place in copies)
+        return found
+    return {place.file for _, place in places(metadata)}
 
 
 def places(metadata: Metadata) -> Iterator[tuple[str, Location]]:

@@ -8,7 +8,7 @@ With the zstd extension each item is one zstd frame of such a zip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,15 +88,24 @@ class Items:
         with item_at(source, location.offset):
             return self._zips.locate(ends)
 
-    def promised(self, nbytes: int, location: Location) -> Extent:
-        """`nbytes` bytes of the item, as many as its chunk takes: of a catalog that is never read.
+    def promised_all(
+        self, nbytes: Sequence[int], places: Sequence[Sequence[Location]]
+    ) -> list[Extent]:
+        """As many bytes of each item as its chunk takes, of the first of its copies: those of a
+        catalog that is never read.
 
-        Raises `IncompleteError` where the file is missing or short.
+        Raises `IncompleteError` where a file is missing or short, of any copy.
         """
-        source = self._file(location.file)
-        if not location.transforms:
-            self._is_known_blob(source, location)
-        return Extent(source.ref, location.offset, nbytes)
+        files = self._files
+        extents: list[Extent] = []
+        for number, copies in zip(nbytes, places, strict=True):
+            for place in copies:
+                source = files.get(place.file) or self._file(place.file)
+                if not place.transforms and place.offset + place.nbytes > source.size:
+                    self._is_known_blob(source, place)
+            place = copies[0]
+            extents.append(Extent(files[place.file].ref, place.offset, number))
+        return extents
 
     def _is_known_blob(self, source: Source, location: Location) -> bool:
         """Whether a place is known to be that of a blob; what is stated of its end is not checked.

@@ -5,6 +5,7 @@ alike has been parsed and checked already. Two files are alike in spite of
 
     the folder of the archive         a file's own name, which stands in all names of its directory
     the device of the storages        "cuda:3", which stands in the pickle once for each tensor
+    the checksum of such a pickle     which stands in the directory
 
 A pickle is known only if its tensors are empty: then it does not matter where they lie. With model
 files of 1,024 ranks that state 70,000 parameters each, all of a ZeRO-3 checkpoint is read in 11 s
@@ -13,6 +14,7 @@ of CPU; to parse them all would take about an hour.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -25,6 +27,13 @@ from reshard.storage.source import Source
 
 # Directories that differ by more than a folder of as many letters; pickles, by more than a device.
 _MAX_DIRECTORIES, _MAX_PICKLES = 16, 16
+# Bytes by which directories of files are told apart, as a rule: the first states the checksum of a
+# pickle.
+_START_NBYTES = 1 << 12
+# Of an entry, where its CRC-32 stands, the lengths of its name and of what follows it, and its name
+# (APPNOTE 4.3.12).
+_CRC_AT, _LENGTHS_AT, _NAME_AT = 16, 28, 46
+_LENGTHS = struct.Struct("<3H")
 # Its first byte is in no text.
 _MARK = b"\xff\xfemark"
 #: What torch calls a device, as the text of a BINUNICODE opcode.
@@ -48,6 +57,8 @@ class _KnownDirectory(Struct, frozen=True):
     listing: Listing
     #: `raw` with `_MARK` for each folder, where the folder stands in the entries' names alone.
     marked: bytes | None
+    #: Where the checksums of single entries stand, by their names.
+    checksums: Mapping[str, int]
 
 
 class _KnownPickle(Struct):
@@ -65,21 +76,23 @@ class Known:
     def __init__(self) -> None:
         self._directories: list[_KnownDirectory] = []
         self._pickles: list[_KnownPickle] = []
-        # Each read overwrites them: a new buffer takes longer to get than to fill.
-        self._raw, self._data = bytearray(), bytearray()
 
     def listing(self, directory: Directory, source: Source, offset: int) -> Listing | None:
         """What the directory at byte `offset` of a file lists, if it is known."""
         alike = [known for known in self._directories if known.directory == directory]
         if not alike:
             return None
-        if len(self._raw) != directory.nbytes:
-            self._raw = bytearray(directory.nbytes)
-        source.read_into(offset, memoryview(self._raw))
+        start = source.read(offset, min(directory.nbytes, _START_NBYTES))
         for known in alike:
-            if known.raw == self._raw:
+            if known.raw.startswith(start) and source.equals(offset, known.raw):
                 return known.listing
-        return _in_another_folder(self._raw, alike)
+        raw = source.read(offset, directory.nbytes)
+        for known in alike:
+            listing = _with_other_checksums(raw, known)
+            if listing is not None:
+                self.note_listing(directory, raw, listing)
+                return listing
+        return _in_another_folder(raw, alike)
 
     def note_listing(self, directory: Directory, raw: bytes, listing: Listing) -> None:
         """Remember a directory that was parsed and found sound."""
@@ -87,8 +100,9 @@ class Known:
             folder, count = listing.folder.encode(), len(listing.entries)
             marked = _marked(raw, folder)
             in_names = raw.count(folder) == count == marked.count(_MARK)
-            known = _KnownDirectory(directory, raw, listing, marked if in_names else None)
-            self._directories.append(known)
+            known = marked if in_names else None
+            checksums = _checksums(raw, listing)
+            self._directories.append(_KnownDirectory(directory, raw, listing, known, checksums))
 
     def keeps(self, value: object) -> bool:
         """Whether the value of a file is that of one of the pickles that it remembers."""
@@ -103,15 +117,12 @@ class Known:
         """
         for known in self._pickles:
             # One that was parsed had the checksum that its file stated.
-            if (len(known.data), known.crc32) == (nbytes, crc32):
-                if len(self._data) != nbytes:
-                    self._data = bytearray(nbytes)
-                source.read_into(offset, memoryview(self._data))
-                if self._data == known.data:
-                    return known.file
+            stated = (len(known.data), known.crc32) == (nbytes, crc32)
+            if stated and source.equals(offset, known.data):
+                return known.file
         return None
 
-    def alike(self, data: bytes, crc32: int | None) -> TorchFile | None:
+    def alike(self, data: bytes, crc32: int) -> TorchFile | None:
         """What a pickle holds, if it is known but for the device."""
         for known in self._pickles:
             if not known.places or len(data) != len(known.data):
@@ -127,7 +138,7 @@ class Known:
                 patched[at : at + length] = known.device
             else:
                 if patched == known.data:
-                    self._note(_KnownPickle(data, crc32 or 0, known.file, (), b""))
+                    self._note(_KnownPickle(data, crc32, known.file, (), b""))
                     return known.file
         return None
 
@@ -151,15 +162,42 @@ class Known:
             self._pickles.append(known)
 
 
-def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> Listing | None:
+def _checksums(raw: bytes, listing: Listing) -> Mapping[str, int]:
+    """Where a directory states the checksums that differ where nothing else does: of the pickle,
+    which torch writes first, and of the digest of all others, which it writes last."""
+    names = [*listing.entries]
+    found = {names[0]: _CRC_AT} if names[0] == "data.pkl" else {}
+    at = raw.rfind(f"{listing.folder}{names[-1]}".encode()) - _NAME_AT
+    if names[-1] != ".data/serialization_id" or not raw.startswith(b"PK\1\2", at):
+        return found
+    if at + _NAME_AT + sum(_LENGTHS.unpack_from(raw, at + _LENGTHS_AT)) == len(raw):
+        found[names[-1]] = at + _CRC_AT
+    return found
+
+
+def _with_other_checksums(raw: bytes, known: _KnownDirectory) -> Listing | None:
+    """What a directory lists that differs from a known one by the checksums of these entries."""
+    patched = bytearray(raw)
+    changed: dict[str, ArchiveEntry] = {}
+    for name, at in known.checksums.items():
+        patched[at : at + 4] = known.raw[at : at + 4]
+        crc32 = int.from_bytes(raw[at : at + 4], "little")
+        changed[name] = replace(known.listing.entries[name], crc32=crc32)
+        if not crc32:
+            return None
+    if not changed or patched != known.raw:
+        return None
+    return replace(known.listing, entries={**known.listing.entries, **changed})
+
+
+def _in_another_folder(raw: bytes, alike: Sequence[_KnownDirectory]) -> Listing | None:
     """What a directory lists that differs from a known one by a folder of as many letters.
 
     A folder ends with its only `/`, so two places where it stands cannot overlap, and those of a
     mark cannot. A known directory has marks at its entries' names and nowhere else. If this one
     with marks is the same, and became shorter by as many, they stand for its folder at these names.
     """
-    # Of an entry, 46 bytes come before the name (4.3.12).
-    own = bytes(raw[46 : raw.find(b"/", 46) + 1])
+    own = raw[_NAME_AT : raw.find(b"/", _NAME_AT) + 1]
     if not own or not own.isascii():
         return None
     marked = _marked(raw, own)
@@ -169,10 +207,10 @@ def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> List
     return None
 
 
-def _marked(raw: bytes | bytearray, folder: bytes) -> bytes:
+def _marked(raw: bytes, folder: bytes) -> bytes:
     # Of another length, so that the length says how often the folder stood there.
     mark = _MARK if len(folder) != len(_MARK) else _MARK + b"-"
-    return bytes(raw.replace(folder, mark)) if folder else b""
+    return raw.replace(folder, mark) if folder else b""
 
 
 def _shows(file: TorchFile, text: str) -> bool:

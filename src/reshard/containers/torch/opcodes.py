@@ -356,9 +356,11 @@ _NOTED = HOLDING | {Rows}
 
 
 def _get(m: Machine, index: int) -> None:
-    if index >= len(m.memo):
-        raise Malformed(f"it recalls value {index}, and has stored {len(m.memo)}")
-    value = m.memo[index]
+    memo = m.memo
+    place = index - memo.start
+    if place >= len(memo.recent):
+        raise Malformed(f"it recalls value {index}, and has stored {len(memo)}")
+    value = memo.recent[place] if place >= 0 else memo[index]
     if value is LEFT_OUT:
         raise RecalledError
     if type(value) in _NOTED:
@@ -369,8 +371,9 @@ def _get(m: Machine, index: int) -> None:
 
 
 def _put(m: Machine, index: int) -> None:
-    if index == len(m.memo):
-        m.memo.recent.append(m.stack[-1])
+    memo = m.memo
+    if index == memo.start + len(memo.recent):
+        memo.recent.append(m.stack[-1])
     elif index < m.memo.start:
         raise RecalledError
     elif index < len(m.memo):

@@ -136,7 +136,7 @@ def _read_zip(archive: Archive, source: Source, known: Known | None) -> TorchFil
             return replace(same, written_as=archive.folder)
     storages = _ZipStorages(archive)
     data = archive.read("data.pkl", MAX_NBYTES)
-    if known is not None:
+    if known is not None and stated is not None:
         same = known.alike(data, stated)
         if same is not None:
             return replace(same, written_as=archive.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from reshard.containers.dcp.columns import dtype_of
 from reshard.containers.dcp.metadata import Metadata
 from reshard.core.regex import regex
 from reshard.errors import UnsupportedError
@@ -41,7 +42,7 @@ def check(metadata: Metadata, keys: Iterable[str], folder: Path) -> None:
                 raise UnsupportedError(
                     f"it holds {what}, which are not read.", path=folder, tensor=key, hint=hint
                 )
-        dtype = metadata.tensors[key].dtype
+        dtype = dtype_of(metadata, key)
         if _WEIGHT.fullmatch(key) and _QUANTISED.fullmatch(dtype):
             raise UnsupportedError(
                 f"it is stored as {dtype}: weights in FP8 or FP4 are not read.",
