@@ -18,10 +18,10 @@ from reshard.storage.source import Source
 OLD = {"_use_new_zipfile_serialization": False}
 
 
-def saved(value: object, *, old: bool = False) -> bytes:
+def saved(value: object, *, old: bool = False, protocol: int = 2) -> bytes:
     """The bytes that torch.save writes."""
     stream = io.BytesIO()
-    torch.save(value, stream, **(OLD if old else {}))
+    torch.save(value, stream, pickle_protocol=protocol, **(OLD if old else {}))
     return stream.getvalue()
 
 

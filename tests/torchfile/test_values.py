@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from reshard.containers.torch import Global, Opaque, TensorRef, read_pickle
-from reshard.containers.torch.limits import MAX_TEXT_NBYTES
+from reshard.containers.torch.limits import MAX_STRING_NBYTES
 from reshard.core import dtypes
 from reshard.core.dtypes import DType
 from reshard.core.tensors import flat, whole
@@ -330,18 +330,23 @@ def test_text_that_is_no_unicode_is_spelt_out(tmp_path: Path, old: bool) -> None
     assert value == {"caf\\udce9": "\\ud800", "é": "😀"}
 
 
-@CONTAINERS
-def test_a_text_of_many_megabytes_is_not_decoded(tmp_path: Path, old: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "old", "protocol"),
+    [(str, False, 2), (str, True, 2), (bytes, True, 2), (bytes, False, 4)],
+)
+def test_a_string_of_many_megabytes_is_not_copied(
+    tmp_path: Path, kind: type[str | bytes], old: bool, protocol: int
+) -> None:
     """What it says is of no use to a conversion, and each copy of it takes memory."""
-    value = value_of(
-        tmp_path / "x.pt", saved({"log": "x" * (MAX_TEXT_NBYTES + 1), "n": 1}, old=old)
-    )
-    assert value["n"] == 1
-    assert isinstance(value["log"], Opaque)
-    kept = value_of(tmp_path / "y.pt", saved({"log": "x" * MAX_TEXT_NBYTES}, old=old))
-    assert len(kept["log"]) == MAX_TEXT_NBYTES
+    one = "x" if kind is str else b"x"
+    for length, is_read in ((MAX_STRING_NBYTES, True), (MAX_STRING_NBYTES + 1, False)):
+        raw = saved({"log": one * length, "n": 1}, old=old, protocol=protocol)
+        value = value_of(tmp_path / f"{length}.pt", raw)
+        assert value["n"] == 1
+        assert isinstance(value["log"], kind if is_read else Opaque)
 
 
-def test_a_text_that_is_cut_off() -> None:
+@pytest.mark.parametrize("code", [b"X", b"B"])
+def test_a_string_that_is_cut_off(code: bytes) -> None:
     with pytest.raises(IncompleteError, match="ends early"):
-        read_pickle(b"X" + struct.pack("<I", MAX_TEXT_NBYTES + 1) + b"x.", path="x")
+        read_pickle(code + struct.pack("<I", MAX_STRING_NBYTES + 1) + b"x.", path="x")

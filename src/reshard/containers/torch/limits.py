@@ -32,9 +32,9 @@ MAX_MARKS = 1000
 # Bytes of an integer. The largest in training files are 128-bit states of random generators; the
 # limit keeps the decimal form below the 4300 digits that Python prints.
 MAX_INT_NBYTES = 256
-# Bytes of a text that is decoded. A tokenizer's JSON has 33 million at most; what is longer is kept
-# as a record that it was there, without a copy.
-MAX_TEXT_NBYTES = 64 << 20
+# Bytes of a text or of bytes that are copied. A tokenizer's JSON has 33 million at most; of what is
+# longer only a record is kept that it was there.
+MAX_STRING_NBYTES = 64 << 20
 # Characters of a dotted name.
 MAX_NAME = 1024
 # Python hashes strings with a secret seed, but numbers and tuples without: a file can choose keys

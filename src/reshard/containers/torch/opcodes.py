@@ -18,7 +18,7 @@ from reshard.containers.torch.limits import (
     MAX_INT_NBYTES,
     MAX_MARKS,
     MAX_NAME,
-    MAX_TEXT_NBYTES,
+    MAX_STRING_NBYTES,
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
@@ -146,12 +146,16 @@ def _binfloat(m: Machine, pos: int) -> int:
 # Strings.
 
 
+def _push_unread(m: Machine, pos: int, nbytes: int, kind: str) -> int:
+    if pos + nbytes > len(m.data):
+        raise EndOfPickle
+    m.stack.append(Opaque(kind))
+    return pos + nbytes
+
+
 def _push_text(m: Machine, pos: int, nbytes: int) -> int:
-    if nbytes > MAX_TEXT_NBYTES:
-        if pos + nbytes > len(m.data):
-            raise EndOfPickle
-        m.stack.append(Opaque("builtins.str"))
-        return pos + nbytes
+    if nbytes > MAX_STRING_NBYTES:
+        return _push_unread(m, pos, nbytes, "builtins.str")
     raw = m.take(pos, nbytes)
     try:
         m.stack.append(raw.decode())
@@ -172,6 +176,8 @@ def _spelt_out(raw: bytes) -> str:
 
 
 def _push_bytes(m: Machine, pos: int, nbytes: int) -> int:
+    if nbytes > MAX_STRING_NBYTES:
+        return _push_unread(m, pos, nbytes, "builtins.bytes")
     m.stack.append(m.take(pos, nbytes))
     return pos + nbytes
 
