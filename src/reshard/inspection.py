@@ -13,6 +13,7 @@ from msgspec.structs import asdict, replace
 
 from reshard.checkpoint import OPEN, Checkpoint, opened, tensors_to_unfold
 from reshard.core.catalog import Catalog
+from reshard.core.collecting import paused_gc
 from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
 from reshard.core.options import Flag, Option, PathLike, Place, documented, parse
@@ -375,7 +376,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     from reshard.conversion.quantised import as_numbers
 
     root = checkpoint.catalog.origin.root
-    with Sources() as sources:
+    with Sources() as sources, paused_gc():
         base = read_base(folder, sources)
         # As a conversion does without flags, which may choose other names than the files'.
         options = replace(unwritten(root, folder), dtype="base", names=None, lora=ANY_ALPHA)

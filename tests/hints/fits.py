@@ -19,6 +19,7 @@ from tests.hints.folders import after, converting
 from tests.hints.parts import _reward
 
 NORM = "model.norm.weight"
+LAST_LAYER = "model.layers.1."
 CHECK = "Check that the base is the model that was trained."
 PREFIX = (
     "If the checkpoint holds several models, choose one with --prefix (for example actor.model)."
@@ -32,6 +33,47 @@ def left_out(at: Path) -> Case:
     tensors = {name: value for name, value in tiny.state().items() if name != NORM}
     run, base = tiny.zero(at / "run", tensors), tiny.model(at / "base")
     return with_options(run, at, {"base": base}, {"base": base, "fill_from_base": True})
+
+
+@follows("If they were frozen and left out when it was saved, take them from the base: "
+         "--fill-from-base. If the model that was trained has fewer layers, pass its own base as "
+         "--base.")  # fmt: skip
+def frozen_layers(at: Path) -> Case:
+    """They were frozen."""
+    tensors = {n: value for n, value in tiny.state().items() if not n.startswith(LAST_LAYER)}
+    run, base = tiny.zero(at / "run", tensors), tiny.model(at / "base")
+    case = with_options(run, at, {"base": base}, {"base": base, "fill_from_base": True})
+    with pytest.raises(
+        reshard.NamesError, match=r"The checkpoint lacks layer 1 of model\.layers\."
+    ):
+        case.cause()
+    return case
+
+
+@follows("If they were frozen and left out when it was saved, take them from the base: "
+         "--fill-from-base. If the model that was trained has fewer layers, pass its own base as "
+         "--base.")  # fmt: skip
+def model_of_fewer_layers(at: Path) -> Case:
+    def fewer(seed: int) -> tiny.State:
+        return {n: t for n, t in tiny.state(seed).items() if not n.startswith(LAST_LAYER)}
+
+    run, base = tiny.zero(at / "run", fewer(2)), tiny.model(at / "base")
+    own = tiny.model(at / "own", tensors=fewer(1), num_hidden_layers=1)
+    return with_options(run, at, {"base": base}, {"base": own})
+
+
+@follows("{} What it has no place for are biases of its modules: a model without them is another "
+         "one.")  # fmt: skip
+def trained_biases(at: Path) -> Case:
+    def biased(seed: int) -> tiny.State:
+        weights = tiny.state(seed)
+        made = {n.replace("weight", "bias"): value[:, 0].contiguous()
+                for n, value in weights.items() if "self_attn" in n}  # fmt: skip
+        return weights | made
+
+    run, base = tiny.zero(at / "run", biased(2)), tiny.model(at / "base")
+    own = tiny.model(at / "own", tensors=biased(1), attention_bias=True)
+    return with_options(run, at, {"base": base}, {"base": own})
 
 
 @follows("{}{}.{}")

@@ -102,6 +102,27 @@ def models_under_prefixes(at: Path) -> Case:
     return with_options(run, at, {"base": base}, {"base": base, "prefix": "teacher"})
 
 
+def _with_and_without_a_prefix(at: Path, **right: Any) -> Case:
+    """`--allow '*'` would leave either of two models."""
+    two = {f"actor.{name}": value for name, value in tiny.state(3).items()} | tiny.state(2)
+    run = tiny.saved(at / "x.pt", {**two, "actor.step": torch.ones(3)})
+    base = tiny.model(at / "base")
+    return with_options(run, at, {"base": base, "allow": ["*"]}, {"base": base, **right})
+
+
+_EITHER = "Name the one to read: {}. For the one without a prefix, pass only --allow {}."
+
+
+@follows(_EITHER)
+def model_without_a_prefix(at: Path) -> Case:
+    return _with_and_without_a_prefix(at, allow=["actor.*"])
+
+
+@follows(_EITHER)
+def model_with_a_prefix(at: Path) -> Case:
+    return _with_and_without_a_prefix(at, allow=["*"], prefix="actor")
+
+
 @follows("Correct --prefix, or leave it out.")
 def wrong_prefix(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")

@@ -49,6 +49,69 @@ def test_another_size_of_the_model_is_told_in_a_table() -> None:
     assert caught.value.missing == (layer.format(1),)
 
 
+@pytest.mark.parametrize(
+    ("held", "stored", "told"),
+    [
+        (24, 32, "The checkpoint lacks layers 24 to 31 of model.layers."),
+        (32, 24, "The base lacks layers 24 to 31 of model.layers."),
+        (31, 32, "The checkpoint lacks layer 31 of model.layers."),
+    ],
+)
+def test_whole_layers_that_one_side_lacks_are_named(held: int, stored: int, told: str) -> None:
+    def layers(count: int) -> dict[str, Shape]:
+        names = [f"model.layers.{n}.{part}.weight" for n in range(count) for part in ("up", "down")]
+        return {**TIED, **dict.fromkeys(names, (2,))}
+
+    with pytest.raises(NamesError, match=re.escape(told)):
+        run(layers(held), layers(stored))
+    less = {name: shape for name, shape in layers(stored).items() if name.split(".")[2:3] != ["3"]}
+    with pytest.raises(NamesError, match=r"lacks layers? 3"):
+        run(less, layers(stored))
+
+
+def test_a_layer_of_which_a_part_is_there_is_not_missing_whole() -> None:
+    names = [f"model.layers.{n}.{part}.weight" for n in range(4) for part in ("up", "down")]
+    base: dict[str, Shape] = {**TIED, **dict.fromkeys(names, (2,))}
+    with pytest.raises(NamesError) as caught:
+        run({name: shape for name, shape in base.items() if name != names[-1]}, base)
+    assert "lacks" not in str(caught.value)
+
+
+def test_no_hint_leaves_out_the_biases_of_modules_that_fit() -> None:
+    many: dict[str, Shape] = {f"model.layers.{n}.up.weight": (2, 2) for n in range(9)}
+    biases: dict[str, Shape] = {name.replace("weight", "bias"): (2,) for name in many}
+    with pytest.raises(NamesError, match="biases of its modules") as caught:
+        run({**TIED, **many, **biases}, {**TIED, **many})
+    assert "--allow" not in str(caught.value)
+
+
+def test_only_a_version_that_tells_is_asked_for() -> None:
+    """Of experts that are square, of the backbone's class, the names told no version before."""
+    base = tables.table("4.57", "qwen3_vl_moe")
+    stored = {
+        name: (*shape[:-2], *[min(shape[-2:])] * 2) if "experts" in name else shape
+        for name, shape in base.disk_shapes().items()
+    }
+    backbone = {n.removeprefix("model."): shape for n, shape in stored.items() if n != HEAD}
+    options: dict[str, Any] = {"fill_from_base": True}
+    with pytest.raises(NamesError, match="--transformers-version"):
+        run(backbone, stored, base.config, **options)
+    for version in ((4, 57), (5, 23)):
+        found = run(backbone, stored, base.config, transformers_version=version, **options)
+        assert found.entries
+
+
+def test_a_model_without_a_prefix_beside_one_with() -> None:
+    held = {**TIED, **{f"actor.{name}": shape for name, shape in TIED.items()}, "actor.v": (1,)}
+    with pytest.raises(NamesError, match=r"--prefix actor\. .* pass only --allow 'actor\.\*'\.$"):
+        run(held, TIED, allow=("*",))
+    for options, own in (
+        ({"allow": ("*",), "prefix": "actor"}, f"actor.{NORM}"),
+        ({"allow": ("actor.*",)}, NORM),
+    ):
+        assert tables.origin(run(held, TIED, **options).entries[NORM]) == own
+
+
 def test_the_table_of_a_wrong_base_has_a_screen_at_most() -> None:
     mine, theirs = tables.table("4.57", "qwen2"), tables.table("4.57", "mixtral")
     wide = {name: tuple(2 * size for size in shape) for name, shape in mine.disk_shapes().items()}

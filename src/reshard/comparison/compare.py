@@ -24,6 +24,7 @@ from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.training import with_masters
 from reshard.conversion.verification import Verified, verify_folder
 from reshard.core.catalog import Catalog
+from reshard.core.collecting import paused_gc
 from reshard.core.findings import Finding
 from reshard.core.locations import MANIFEST
 from reshard.core.options import PathLike, documented, parse
@@ -65,13 +66,14 @@ def diff(
     """
     values = parse(DIFF, dict(locals()))
     with Sources() as sources:
-        mine = locate.read(values["first"], sources, formats.Selection())
-        theirs = locate.read(values["second"], sources, formats.Selection())
-        mine, theirs = compared_as_numbers(mine, theirs, sources)
-        if values["base"] is None:
-            pairing = _paired(mine, theirs, sources)
-        else:
-            pairing = onto_one(mine, theirs, sources, base=values["base"])
+        with paused_gc():
+            mine = locate.read(values["first"], sources, formats.Selection())
+            theirs = locate.read(values["second"], sources, formats.Selection())
+            mine, theirs = compared_as_numbers(mine, theirs, sources)
+            if values["base"] is None:
+                pairing = _paired(mine, theirs, sources)
+            else:
+                pairing = onto_one(mine, theirs, sources, base=values["base"])
         method = Method(either=True, norms=True, spectrum=values["spectrum"])
         pairs = pairing.pairs
         said: tuple[Compared, ...] = ()
@@ -99,7 +101,7 @@ def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:
                 return pair(second, first, sources).turned()
             return pair(first, second, sources)
         except (NamesError, PlanError) as error:
-            failures.append(error)
+            failures.append(error.with_traceback(None))  # whose frames hold all tables of the fit
     raise failures[0]
 
 
@@ -145,9 +147,10 @@ def verify(
         source = locate.read(values["against"], sources, selection)
         if given.get("optimizer") is True and (state := source.training_state()):
             source = with_masters(source, state)
-        written = formats.read(place, sources, formats.Selection())
-        source, written = compared_as_numbers(source, written, sources)
-        pairing = pair(source, written, sources, base=values["base"], stated=stated)
+        with paused_gc():
+            written = formats.read(place, sources, formats.Selection())
+            source, written = compared_as_numbers(source, written, sources)
+            pairing = pair(source, written, sources, base=values["base"], stated=stated)
         if pairing.by_name:
             _check_names(pairing, place)
         said = []

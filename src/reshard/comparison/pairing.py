@@ -20,7 +20,7 @@ from reshard import formats
 from reshard.comparison.result import Compared, Difference, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
-from reshard.conversion.base_model import Base, holds_config, read_base
+from reshard.conversion.base_model import Base, holds_config, own_base, read_base
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated, unwritten
@@ -121,7 +121,7 @@ def pair(
         pairing = Pairing(pairs, *_left(first, output, options), planned=(model, output))
     elif _stands_in(first, second, tables):
         try:
-            model = read_base(folder, sources)
+            model = own_base(second, sources)
             pairing = _onto_itself(first, model, options, recorded, tables, sources)
         except NamesError:
             if not set(first.names()) >= set(second.entries):
@@ -216,7 +216,8 @@ def _stands_in(first: Catalog, second: Catalog, tables: Tables) -> bool:
     """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in tables:
         return False
-    same = not first.unshaped and _shapes(first) == _shapes(second)
+    counts = [sum(len(entry.names) for entry in each.entries.values()) for each in (first, second)]
+    same = not first.unshaped and counts[0] == counts[1] and _shapes(first) == _shapes(second)
     return not same or (len(tables) > 1 and not named(first.format).holds_config)
 
 

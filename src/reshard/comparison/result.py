@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -22,10 +23,11 @@ from reshard.comparison.sums import (
     starred,
     summed,
 )
+from reshard.core.dtypes import DType
 from reshard.core.findings import Finding
 from reshard.core.notebook import folded, html_table
 from reshard.core.sizes import size
-from reshard.core.tensors import TensorSpec
+from reshard.core.tensors import Shape, TensorSpec
 from reshard.errors import printable
 
 Difference = Literal[
@@ -33,7 +35,7 @@ Difference = Literal[
 ]
 
 
-class Compared(Struct, frozen=True):
+class Compared(Struct, frozen=True, gc=False):
     """A tensor of either side, and the result of its comparison.
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
@@ -219,5 +221,10 @@ def _json(sums: Iterable[Sum]) -> list[dict[str, Any]]:
 
 
 def described(spec: TensorSpec) -> str:
-    """A tensor's dtype and shape in a comparison."""
-    return f"{spec.dtype} {spec.shape}"
+    """A tensor's dtype and shape in a comparison; one text for all that have them."""
+    return _described(spec.dtype, spec.shape)
+
+
+@lru_cache(maxsize=1024)
+def _described(dtype: DType, shape: Shape) -> str:
+    return f"{dtype} {shape}"

@@ -198,16 +198,16 @@ def _change(relative: float | None) -> float:
     return math.inf if relative is None else relative
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts layer 2 before layer 10.
+def natural(name: str) -> str:
+    """A key that sorts layer 2 before layer 10; one text, of which 300,000 take little memory.
 
     >>> sorted(["layers.10.w", "layers.2.w", "embed.w"], key=natural)
     ['embed.w', 'layers.2.w', 'layers.10.w']
     """
-    return [
-        (0, int(part), "") if part.isdecimal() and len(part) < 19 else (1, 0, part)
+    return "\0".join(
+        f"0{int(part):019}" if part.isdecimal() and len(part) < 19 else f"1{part}"
         for part in re.split(r"(\d+)", name)
-    ]
+    )
 
 
 def short(value: float | None) -> str:

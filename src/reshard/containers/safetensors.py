@@ -75,17 +75,55 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
         raise FormatError("its __metadata__ is not a table of strings.", path=path)
     specs: dict[str, TensorSpec] = {}
     begins, ends = array("Q"), array("Q")
-    shapes: dict[Shape, Shape] = {}
+    alike: dict[tuple[str, Shape], tuple[TensorSpec, int]] = {}  # layers repeat: one for all
+    expected, in_order = 0, True
     for name in list(table):
         raw = table.pop(name)  # its memory serves the next: a header may list 200,000 tensors
-        if isinstance(raw, _Stated):
-            raw = {"dtype": raw.dtype, "shape": raw.shape, "data_offsets": raw.data_offsets}
-        spec = parse_tensor(path, name, raw)
-        shape = shapes.setdefault(spec.shape, spec.shape)  # layers repeat: one for all
-        specs[name] = spec if shape is spec.shape else TensorSpec(name, spec.dtype, shape)
-        begin, end = raw["data_offsets"]
+        spec, begin, end, nbytes = _checked(path, name, raw, alike)
+        specs[name] = spec
         begins.append(begin)
         ends.append(end)
+        in_order = in_order and begin == expected and end == begin + nbytes
+        expected = end
+    if not in_order:
+        expected = _end(specs, begins, ends, path)
+    if data + expected != source.size:
+        problem = IncompleteError if source.size < data + expected else FormatError
+        raise problem(
+            f"its header describes {data + expected} bytes, the file has {source.size}.",
+            path=path,
+            hint="Copy or download the file again.",
+        )
+    return SafetensorsFile(metadata, _Tensors(specs, source.ref, data, begins))
+
+
+def _checked(
+    path: str, name: str, raw: Any, alike: dict[tuple[str, Shape], tuple[TensorSpec, int]]
+) -> tuple[TensorSpec, int, int, int]:
+    """A tensor of a header, where it begins and ends, and its size in bytes.
+
+    `alike`: dtype and shape -> the first tensor that has them, and its size.
+    """
+    if not isinstance(raw, _Stated):
+        spec = parse_tensor(path, name, raw)
+        return spec, *raw["data_offsets"], spec.nbytes
+    begin, end = raw.data_offsets
+    known = alike.get((raw.dtype, raw.shape))
+    if known is None or not (0 <= begin < MAX_NUMEL and 0 <= end < MAX_NUMEL):
+        stated = {"dtype": raw.dtype, "shape": raw.shape, "data_offsets": raw.data_offsets}
+        spec = parse_tensor(path, name, stated)
+        nbytes = spec.nbytes
+        alike[raw.dtype, raw.shape] = spec, nbytes
+        return spec, begin, end, nbytes
+    first, nbytes = known
+    return TensorSpec(name, first.dtype, first.shape), begin, end, nbytes
+
+
+def _end(specs: Mapping[str, TensorSpec], begins: array[int], ends: array[int], path: str) -> int:
+    """Where the tensors end, which are listed in another order than that of their bytes.
+
+    Raises `FormatError` where there is a gap or an overlap, or a tensor has another size.
+    """
     names = [*specs]
     expected = 0
     for place in sorted(range(len(names)), key=lambda place: (begins[place], ends[place])):
@@ -98,14 +136,7 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
                 tensor=spec.name,
             )
         expected = end
-    if data + expected != source.size:
-        problem = IncompleteError if source.size < data + expected else FormatError
-        raise problem(
-            f"its header describes {data + expected} bytes, the file has {source.size}.",
-            path=path,
-            hint="Copy or download the file again.",
-        )
-    return SafetensorsFile(metadata, _Tensors(specs, source.ref, data, begins))
+    return expected
 
 
 class _Tensors(Mapping[str, tuple[TensorSpec, Extent]]):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from msgspec import Struct, field
 from reshard.conversion.assets import assets
 from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset, Catalog
-from reshard.core.tensors import Entry, Record
+from reshard.core.tensors import Entry, Record, Single
 from reshard.errors import FormatError, NotFoundError, at
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.formats.info import named
@@ -32,7 +33,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
-class Base(Struct, frozen=True):
+class Base(Struct, frozen=True, dict=True):
     """A base model: its tensors, its config, and the files that are copied with the weights.
 
     `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
@@ -51,8 +52,9 @@ class Base(Struct, frozen=True):
     modules: tuple[Module, ...] = ()
     quantised: Numbers | None = None
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
+        """What the output must hold."""
         return Schema({name: entry.spec for name, entry in self.entries.items()}, self.config)
 
 
@@ -96,6 +98,22 @@ def read_base(folder: Path, sources: Sources) -> Base:
     with at(folder):
         tensors = _numbers(catalog.entries, config)
     return base_of(folder, config, tensors, catalog.records, sources)
+
+
+def own_base(catalog: Catalog, sources: Sources) -> Base:
+    """The base that a checkpoint's own folder is: as `read_base`, but without a second look at
+    headers whose tensors the catalog has as they are stored."""
+    folder = catalog.origin.root
+    if named(catalog.format).module == huggingface.__name__ and snapshot(folder) == folder:
+        config = huggingface.read_config(folder, sources)
+        if statement(config) is None and all(map(_is_stored, catalog.entries.values())):
+            tensors = Numbers(catalog.entries, {})
+            return base_of(folder, config, tensors, catalog.records, sources)
+    return read_base(folder, sources)
+
+
+def _is_stored(entry: Entry) -> bool:
+    return isinstance(entry.fragments, Single) or not entry.fragments
 
 
 def base_of(

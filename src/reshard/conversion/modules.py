@@ -77,6 +77,9 @@ def take(
 
     A module is included if the checkpoint holds all its tensors, with its shapes.
     """
+    modules = tuple(modules)
+    if not modules:
+        return entries, {}
     clean = {unwrap(name): name for name in entries}
     shared = shared_prefixes(clean)[-1]
     taken: dict[str, str] = {}

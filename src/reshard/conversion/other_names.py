@@ -28,7 +28,7 @@ from reshard.naming import (
     translation,
 )
 from reshard.naming.schema import is_unheld
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrapped
 
 #: What the reader of Megatron-Core's checkpoints says of itself.
 MEGATRON = "megatron-core"
@@ -65,7 +65,7 @@ def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
 
 
 def _renamed(catalog: Catalog, base: Base) -> Renamed:
-    names = [unwrap(name) for name in catalog.names()]
+    names = unwrapped(catalog.names())
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)
     shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}

@@ -96,10 +96,11 @@ def stored_whole(spec: TensorSpec, extent: Extent, kind: TensorKind = "parameter
 
     Raises `FormatError` where the extent has another size.
     """
-    if extent.nbytes != spec.nbytes:
+    numel = spec.numel
+    if extent.nbytes != numel * spec.dtype.itemsize:
         fragment = Fragment(whole(spec.shape), extent, spec.dtype)
         return proven(spec, (fragment,), kind)  # says what is wrong with it
-    if not spec.numel:
+    if not numel:
         return Entry(spec, (), kind)
     return Entry(spec, Single(extent.file, extent.offset, whole(spec.shape), spec.dtype), kind)
 

@@ -13,6 +13,7 @@ from msgspec import Struct, field
 
 from reshard.conversion.base_model import Base
 from reshard.core.catalog import Catalog
+from reshard.core.collecting import paused_gc
 from reshard.core.tensors import Entry, Shape
 from reshard.diagnosis import folder as folders
 from reshard.diagnosis import quantisation
@@ -23,7 +24,7 @@ from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import FitOptions, NameMap, apply, fit, partners, schema
 from reshard.naming.families import PREFIXES
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrap, unwrapped
 from reshard.naming.structure import Structure, examine
 from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
@@ -153,14 +154,17 @@ def read(
     Without `weights` only what decides ties and repeated tensors is read of the values.
     Raises `NotFoundError` where there is no model to look at.
     """
-    folder, quantised = quantisation.examine(folders.read(path, sources), sources)
-    placeholders = _placeholders(folder, base)
-    whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
-    # Codes that are not read have no known numbers: there is nothing to fit.
-    fitted = _fitted(folder, whole, None if quantised.unread else base, sources)
+    with paused_gc():
+        folder, quantised = quantisation.examine(folders.read(path, sources), sources)
+        placeholders = _placeholders(folder, base)
+        left_out = frozenset(placeholders)
+        whole = {name: entry for name, entry in folder.entries.items() if name not in left_out}
+        # Codes that are not read have no known numbers: there is nothing to fit.
+        fitted = _fitted(folder, whole, None if quantised.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
-    prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
-    clean = {unwrap(name).removeprefix(prefix): name for name in names}
+    plain = unwrapped(names)
+    prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(plain)
+    clean = {one.removeprefix(prefix): name for one, name in zip(plain, names, strict=True)}
     return Case(
         folder=folder,
         base=base,
@@ -230,7 +234,7 @@ def _fitted(
         found = fit(entries, base.schema, options=options, equal=same)
         return Fitted(found, None, {**apply(found.outputs, entries), **score})
     except (NamesError, PlanError) as error:
-        misfit = error
+        misfit = error.with_traceback(None)  # whose frames hold all tables of the fit
     try:
         found = fit(entries, base.schema, options=FitOptions(headless=True), equal=same)
         return Fitted(found, misfit, apply(found.outputs, entries))

@@ -17,6 +17,7 @@ from msgspec import Struct
 from reshard.conversion.base_model import read_base
 from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
+from reshard.core.collecting import paused_gc
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import adapters, training
@@ -125,7 +126,8 @@ def doctor(
             sources.check_unchanged()
             noted = adapters.examine(held, engine)
             return _as_it_is(folder, base, _of_adapter(held, noted), values["strict"])
-        known = None if base_path is None else read_base(base_path, sources)
+        with paused_gc():
+            known = None if base_path is None else read_base(base_path, sources)
         selection = Selection(values["tag"], values["prefix"], True, values["role"])
         if selection != _ANY or not folders.is_model(path):
             _check_examined_alone(path, output, engine)

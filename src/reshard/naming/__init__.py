@@ -6,7 +6,7 @@ adapters, reward heads. It opens no file, builds no model and imports no framewo
 
 families, ties, architectures    **the tables to extend**: layouts, tied tensors, released tensors
 layouts, patterns, assemble      how a layout names, stacks and orients tensors
-readings, beginnings             what many names are in a layout; how many names begin and end
+readings, beginnings, scanning   what many names are in a layout; how they begin, end, contain
 schema, fields, backbone         the base as its files state it; fields and classes of its config
 search, ways, wider, judge       find the prefix and the layouts that fit, and judge each tensor
 fit, steps, tied_tensors         the fit, step by step

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.core.tensors import Shape
 from reshard.errors import PlanError
@@ -122,7 +123,7 @@ def _renamed(
     for name, pairs in placed.items():
         own = pairs[0][1].name
         whole = len(pairs) == parts[own]
-        if whole and all(here._replace(name=own) == there for here, there in pairs):
+        if whole and all(replace(here, name=own) == there for here, there in pairs):
             named[name] = own
         else:
             others.append(name)

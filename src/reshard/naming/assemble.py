@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from reshard.core.arrangement import Arrangement, Concat, Crop, Select, Stack, Transpose, Whole
 from reshard.core.tensors import Box, Shape
 from reshard.naming.layouts import Piece
@@ -28,7 +30,7 @@ class Assembler:
         place, source = pairs[0]
         if place.expert is None:
             return self._take(source, swapped=place.swapped)
-        if all(one._replace(name=source.name) == other for one, other in pairs):
+        if all(replace(one, name=source.name) == other for one, other in pairs):
             return Whole(self._owners[source.name])
         return self._stack(pairs)
 

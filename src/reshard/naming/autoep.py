@@ -20,8 +20,9 @@ from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming.beginnings import heads
+from reshard.naming.scanning import any_contains
 from reshard.naming.schema import Schema
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrap, unwrapped
 
 _GATE, _DOWN, _UP = "w1", "w2", "w3"
 _EXPERTS = regex(rf"(.+)\.experts\.({_GATE}|{_DOWN}|{_UP})")
@@ -33,7 +34,10 @@ _BIAS = regex(r"(?:router|gate)\.e_score_correction_bias")
 def blocks(shapes: Mapping[str, Shape], schema: Schema) -> frozenset[str]:
     """The modules whose experts AutoEP split, by names without wrappers' parts; none where the base
     has such names itself."""
-    plain = {unwrap(name): shape for name, shape in shapes.items()}
+    names = unwrapped(shapes)
+    if not any_contains(names, (".experts.",)):
+        return frozenset()
+    plain = dict(zip(names, shapes.values(), strict=True))
     if any(_EXPERTS.fullmatch(name) for name in schema.specs):
         return frozenset()
     found = {

@@ -17,10 +17,10 @@ from reshard.naming.layouts import Piece, Version
 from reshard.naming.readings import Reading
 from reshard.naming.schema import (
     Schema,
-    comes_with_base,
-    is_constant,
+    constants_of,
     says_tied,
     says_untied,
+    unheld_of,
 )
 
 # Characters of a name that a pattern for it spells out.
@@ -52,7 +52,12 @@ class FitOptions(Struct, frozen=True):
 
     def allows(self, name: str, prefix: str = "") -> bool:
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
-        return bool(self.allow) and matched({name, name.removeprefix(prefix)}, self.allow)
+        if not self.allow:
+            return False
+        found = _matcher(self.allow)
+        if found(name) is not None:
+            return True
+        return name.startswith(prefix) and found(name[len(prefix) :]) is not None
 
 
 def matched(names: Collection[str], patterns: Iterable[str]) -> bool:
@@ -96,6 +101,9 @@ class Verdict(Enum):
     UNEXPECTED = "the source's, without a place"
     MISMATCHED = "in both, with two shapes"
 
+    # Enum's own is a function of Python's, and each of 300,000 names is sorted by its verdict.
+    __hash__ = object.__hash__
+
 
 FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 
@@ -111,22 +119,11 @@ class Judge:
         self._several = {own for own, count in Counter(owners.values()).items() if count > 1}
         self._options = options
         self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
-        self._config = schema.config
-        self._constant: dict[str, bool] = {}
-        self._own: dict[str, bool] = {}
-
-    def _is_constant(self, hub: str) -> bool:
-        """Whether it is computed from the config; asked for once, not for each reading."""
-        known = self._constant.get(hub)
-        if known is None:
-            known = self._constant[hub] = is_constant(hub, self._config)
-        return known
+        self._is_constant = constants_of(schema.config)
+        self._is_unheld = unheld_of(schema.config)
 
     def _comes_with_base(self, hub: str) -> bool:
-        known = self._own.get(hub)
-        if known is None:
-            known = self._own[hub] = comes_with_base(hub, self._config)
-        return known
+        return self._is_constant(hub) or self._is_unheld(hub)
 
     def is_fault(self, hub: str, piece: Piece, want: Mapping[str, Piece], prefix: str) -> bool:
         """Whether a tensor of the source is a fault, whatever else the source holds."""
@@ -184,10 +181,10 @@ class Judge:
         for hub, piece in want.items():
             stored = hub if hub in have else self._partner(hub, piece, have, want)
             if stored is not None:
-                name, _, expert, *_ = have[stored]
-                used.add(self._owners[name])
-                if expert is not None:
-                    cut.add(name)
+                held = have[stored]
+                used.add(self._owners[held.name])
+                if held.expert is not None:
+                    cut.add(held.name)
             if stored is None:
                 yield self._absent(hub, piece), hub
             elif stored == hub:
@@ -197,8 +194,8 @@ class Judge:
         for hub, piece in have.items():
             if hub not in want:
                 others = known if ties.is_head(hub) else have
-                held = self._owners[piece.name] in used and piece.name not in cut
-                yield self._extra(hub, piece, others, prefix, held=held), hub
+                kept = self._owners[piece.name] in used and piece.name not in cut
+                yield self._extra(hub, piece, others, prefix, held=kept), hub
 
     def _partner(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]

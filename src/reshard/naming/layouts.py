@@ -15,7 +15,6 @@ they fit where they hold the same hub tensors, whatever the layout of either.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -69,7 +68,7 @@ class Family(Struct, frozen=True):
     layouts: tuple[Layout, ...]
 
 
-class Piece(NamedTuple):
+class Piece(Struct, frozen=True, gc=False):
     """Where one hub tensor lies: in tensor `name`, whole, or rows `[start, stop)` of one expert.
 
     `shape` is the hub tensor's. `swapped`: the last two dimensions are exchanged there.

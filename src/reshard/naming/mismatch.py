@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from heapq import nsmallest
 
 from reshard.core.tensors import Shape
 from reshard.errors import Lines, NamesError, listed, shown
 from reshard.naming import patterns, ties, value_heads, wrong_base
-from reshard.naming.beginnings import Beginnings, Endings, heads
+from reshard.naming.beginnings import Beginnings, heads
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.ways import Candidate
 
@@ -23,6 +22,13 @@ _OTHERWISE = (
     "In some modules of the base the checkpoint holds other tensors, as in an unknown layout: it "
     "would be wrong to leave these out, and wrong to take the base's."
 )
+_FROZEN = (
+    "If they were frozen and left out when it was saved, take them from the base: --fill-from-base."
+)
+_WITHOUT_LAYERS = (
+    f"{_FROZEN} If the model that was trained has fewer layers, pass its own base as --base."
+)
+_BIASES = "What it has no place for are biases of its modules: a model without them is another one."
 # Experts of all layers that are taken in any case: the largest models have half as many.
 _MAX_EXPERTS = 1 << 17
 # Names shown of each list; the error's fields hold all of them.
@@ -62,14 +68,18 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         return resized
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
-    traits = wrong_base.differing(source, base)
+    apart = wrong_base.differing(source, base)
     check = _BASE if chosen else _CHECK
-    if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
-        body = _diagnosis(counted, traits, (missing, unexpected, clashes))
+    layers = _layers(apart)
+    if (clashes or unexpected) and {t.name for t in apart.traits} & {"layers", "hidden size"}:
+        body = _diagnosis(f"{counted}.{layers}", apart.traits, (missing, unexpected, clashes))
         hint = f"{check} All names: reshard inspect SRC --base BASE --json."
     else:
-        body = _lists(f"{counted}{candidate.read_as}.", missing, unexpected, clashes)
+        first = f"{counted}{candidate.read_as}.{layers}"
+        body = _lists(first, missing, unexpected, clashes)
         hint = _hint(candidate, missing, unexpected, clashes, check)
+        if apart.lacking and not (unexpected or clashes):
+            hint = _WITHOUT_LAYERS
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
@@ -110,6 +120,14 @@ def _resized_alone(candidate: Candidate) -> NamesError | None:
     )
 
 
+def _layers(apart: wrong_base.Differences) -> str:
+    """Which whole layers are on one side alone."""
+    told = [f" The checkpoint lacks {listed(apart.lacking)}."] if apart.lacking else []
+    if apart.beyond:
+        told.append(f" The base lacks {listed(apart.beyond)}.")
+    return "".join(told)
+
+
 def _diagnosis(
     counted: str, traits: tuple[wrong_base.Trait, ...], lists: tuple[Sequence[str], ...]
 ) -> str:
@@ -121,7 +139,7 @@ def _diagnosis(
         f"{len(clashes)} have another shape ({clashes[0]})" if clashes else "",
     ]
     return (
-        f"{counted}.\n{wrong_base.table(traits)}\n"
+        f"{counted}\n{wrong_base.table(traits)}\n"
         f"Of the tensors, {', '.join(part for part in parts if part)}."
     )
 
@@ -136,8 +154,8 @@ def _lists(
         ("of the checkpoint are not in the base", unexpected, missing),
     ):
         if names:
-            near = Nearest(others)
-            rows = [_row(name, near.to(name)) for name in names[:_SHOWN]]
+            some = names[:_SHOWN]
+            rows = [*map(_row, some, nearest(some, others))]
             paragraphs.append(_list(f"{len(names)} {title}", rows, len(names)))
     if clashes:
         title = f"{len(clashes)} have another shape"
@@ -154,10 +172,7 @@ def _hint(
 ) -> str:
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
-        return (
-            "If they were frozen and left out when it was saved, take them from the base: "
-            "--fill-from-base."
-        )
+        return _FROZEN
     matched = len(candidate.of(Verdict.MATCHED))
     if _holds_otherwise(candidate):
         return f"{check} {_OTHERWISE}"
@@ -165,6 +180,8 @@ def _hint(
         return check
     if _replaced(candidate):
         return f"{check} {_OTHERWISE}"
+    if _holds_biases(candidate):
+        return f"{check} {_BIASES}"
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
@@ -189,6 +206,15 @@ def _replaced(candidate: Candidate) -> bool:
         for hub in candidate.of(Verdict.UNEXPECTED)
     )
     return any(head is not None and head in lacking for head in apart)
+
+
+def _holds_biases(candidate: Candidate) -> bool:
+    """Whether a module that fits has a bias beside, which the base's has not: to leave it out would
+    change what was trained."""
+    biased = {hub.rpartition(".")[0] for hub in candidate.of(Verdict.UNEXPECTED)
+              if hub.endswith(".bias")}  # fmt: skip
+    kept = (*candidate.of(Verdict.MATCHED), *candidate.of(Verdict.RESIZED))
+    return bool(biased) and any(hub.rpartition(".")[0] in biased for hub in kept)
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
@@ -234,25 +260,42 @@ def _list(title: str, rows: Sequence[str], total: int) -> str:
     return "\n  ".join([f"{title}:", *rows, *more])
 
 
-class Nearest:
-    """The most similar of many names: those with the same last parts first, then by letters."""
+def nearest(names: Sequence[str], others: Sequence[str]) -> list[str | None]:
+    """The most similar of the others for each of a few names: of those with the most last parts in
+    common, the one with the most alike letters; None where nothing is alike.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._ends = Endings(names)
-
-    def to(self, name: str) -> str | None:
-        """The nearest name, or None where nothing is alike."""
-        parts = name.split(".")
-        alike = self._ends.all
-        for depth in range(1, len(parts) + 1):
-            more = self._ends.span(".".join(parts[-depth:]))
-            if not more:
+    It looks once at each of the others, however many end alike.
+    """
+    sought = {end for name in names for end in _ends(name)}
+    alike: dict[str, list[str]] = {}
+    for other in others:
+        for end in _ends(other):
+            if end not in sought:
                 break
-            alike = more
-        pool = [self._names[place] for place in nsmallest(_POOL, self._ends.places(alike))]
-        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
-        return close[0] if close else None
+            found = alike.setdefault(end, [])
+            if len(found) < _POOL:
+                found.append(other)
+    pools = (_longest(alike, name, others[:_POOL]) for name in names)
+    close = (difflib.get_close_matches(*both, 1, 0.5) for both in zip(names, pools, strict=True))
+    return [next(iter(each), None) for each in close]
+
+
+def _longest(alike: Mapping[str, list[str]], name: str, rest: Sequence[str]) -> Sequence[str]:
+    """Those that end as much as the name does; the rest where none ends as it does."""
+    return next((alike[end] for end in reversed([*_ends(name)]) if end in alike), rest)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The ends of a name after each dot, the shortest first, and then the name.
+
+    >>> list(_ends("a.b.c"))
+    ['c', 'b.c', 'a.b.c']
+    """
+    place = name.rfind(".")
+    while place >= 0:
+        yield name[place + 1 :]
+        place = name.rfind(".", 0, place)
+    yield name
 
 
 def check_stacked(shapes: Mapping[str, Shape], stacks: Sequence[str], count: int) -> None:

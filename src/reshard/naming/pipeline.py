@@ -26,7 +26,7 @@ from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import NamesError, listed
 from reshard.naming.schema import Schema, is_constant, is_unheld
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrap, unwrapped
 from reshard.naming.ties import is_head
 
 _NUMBERED = regex(r"(\d{1,6})\.(.+)")
@@ -52,7 +52,7 @@ class Sequence(Struct, frozen=True):
 
 def is_sequence(names: Iterable[str], schema: Schema) -> bool:
     """Whether every tensor goes by a layer's number, and none of the base's does."""
-    plain = [unwrap(name) for name in names]
+    plain = unwrapped(names)
     return (
         any(map(_NUMBERED.fullmatch, plain))
         and all(_NUMBERED.fullmatch(name) or _TIED.fullmatch(name) for name in plain)

@@ -8,9 +8,9 @@ that few names have: the others are not even asked about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -66,14 +66,16 @@ class Effects:
         return {**self.whole, **self.more}.values()
 
 
-class Row(NamedTuple):
-    """A tensor: its name, its shape, and its name's template and numbers; no template: the name
-    belongs to no view."""
+class Row(Struct, frozen=True, gc=False):
+    """A tensor: its name, its shape, and its name's template; None: the name belongs to no view."""
 
     name: str
     shape: Shape
     template: str | None
-    numbers: tuple[str, ...]
+
+    def numbers(self, start: int = 0) -> tuple[str, ...]:
+        """The numbers in its name after so many characters; most readings do without."""
+        return tuple(_NUMBERED.findall(self.name, start))
 
 
 class Names:
@@ -86,13 +88,11 @@ class Names:
         self.rows: list[Row] = []
         self.members: dict[str, list[Row]] = {}
         known: dict[str, str] = {}
-        for name, shape in shapes.items():
-            if NUMBER in name:
-                self.rows.append(Row(name, shape, None, ()))
+        for (name, shape), template in zip(shapes.items(), templates_of(shapes), strict=True):
+            if template is None:
+                self.rows.append(Row(name, shape, None))
                 continue
-            template, numbers = template_of(name)
-            template = known.setdefault(template, template)
-            row = Row(name, shape, template, numbers)
+            row = Row(name, shape, known.setdefault(template, template))
             self.rows.append(row)
             self.members.setdefault(template, []).append(row)
 
@@ -115,7 +115,8 @@ class Below:
         self.members: Mapping[str, Sequence[Row]] = names.members
         self.outside: tuple[str, ...] = ()
         self._rows = names.rows
-        self._start, self._numbers = template_of(prefix)
+        self._start, numbers = template_of(prefix)
+        self._numbered = bool(numbers)
         if names.shared is None or not names.shared.startswith(prefix):
             self.members = {
                 template: rows
@@ -127,8 +128,9 @@ class Below:
 
     def _of_number(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Those that have the prefix's numbers."""
-        own, count = self._numbers, len(self._numbers)
-        return [row for row in rows if row.numbers[:count] == own] if count else rows
+        if not self._numbered:
+            return rows
+        return [row for row in rows if row.name.startswith(self.prefix)]
 
     def rest(self, template: str) -> str:
         """The part of a template that is after the prefix."""
@@ -138,6 +140,12 @@ class Below:
     def templates(self) -> Templates:
         """What is after the prefix."""
         return Templates([self.rest(template) for template in self.members])
+
+    @cached_property
+    def first(self) -> list[tuple[str, Row]]:
+        """The tensors whose numbers are all 0, each with its whole template."""
+        zeros = ((template, template.replace(NUMBER, "0")) for template in self.members)
+        return [(t, row) for t, zero in zeros for row in self.members[t] if row.name == zero]
 
     def sample(self, count: int) -> list[str]:
         """So many of the whole templates, evenly among all."""
@@ -151,27 +159,28 @@ class Below:
             return {name.removeprefix(self.prefix): Piece(name, shape)}
         if effect.stacked is not None and len(shape) == 3 and 1 < shape[0] <= _MAX_EXPERTS:
             shape = (1, *shape[1:])
-        return _pieces(name, shape, effect, row.numbers[len(self._numbers) :])
+        return _pieces(name, shape, effect, row.numbers(len(self.prefix)))
 
     def read(self, effects: Effects) -> Reading:
         """Read the tensors through a view, given by its effects. Pieces keep prefixes."""
         known = {template: effects.of(self.rest(template)) for template in self.members}
-        own, count, length = self._numbers, len(self._numbers), len(self.prefix)
+        length = len(self.prefix)
         pieces: dict[str, Piece] = {}
         rules: dict[str, int] = {}
         twice = []
-        for name, shape, template, numbers in self._rows:
-            if template not in known or numbers[:count] != own:
+        for row in self._rows:
+            name, shape, template = row.name, row.shape, row.template
+            if template not in known or (self._numbered and not name.startswith(self.prefix)):
                 continue
             effect = known[template]
             if effect is None or (effect.stacked is None and not effect.swapped):
                 # Most tensors: without a table of their own.
-                hub = name[length:] if effect is None else _number(effect.hub, numbers[count:])
+                hub = name[length:] if effect is None else _number(effect.hub, row.numbers(length))
                 fits = hub not in pieces
                 if fits:
                     pieces[hub] = Piece(name, shape)
             else:
-                found = _pieces(name, shape, effect, numbers[count:])
+                found = _pieces(name, shape, effect, row.numbers(length))
                 fits = not (found.keys() & pieces.keys())
                 if fits:
                     pieces.update(found)
@@ -248,8 +257,8 @@ def common_start(names: Iterable[str]) -> str:
     >>> common_start(["model.layers", "model.lm_head"])
     'model.l'
     """
-    listed = sorted(names)
-    pairs = zip(listed[0], listed[-1], strict=False)
+    listed = tuple(names)
+    pairs = zip(min(listed), max(listed), strict=False)
     return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
@@ -263,9 +272,29 @@ def template_of(name: str) -> tuple[str, tuple[str, ...]]:
     return (NUMBER.join(parts[::2]), tuple(parts[1::2])) if len(parts) > 1 else (name, ())
 
 
+def templates_of(names: Iterable[str]) -> Iterator[str | None]:
+    """The template of each of very many names, None for a name that contains `NUMBER`.
+
+    A thousand names are one text, in which a third of the time is needed.
+
+    >>> list(templates_of(["layers.3.up", "norm.weight", "\\0.weight"]))
+    ['layers.\\x00.up', 'norm.weight', None]
+    """
+    rest = iter(names)
+    while some := [*islice(rest, _AT_ONCE)]:
+        joined = "\n".join(some)
+        if NUMBER in joined or joined.count("\n") >= len(some):
+            yield from (None if NUMBER in name else template_of(name)[0] for name in some)
+        else:
+            yield from _NUMBERED_LINES.sub(NUMBER, joined).split("\n")
+
+
 # A part between dots that is of digits alone, whatever the script, as str.isdecimal has it.
 # It begins with the digit, which the search skips to, and looks back from there.
 _NUMBERED = regex(r"(\d(?<![^.].)\d*)(?![^.])")
+_NUMBERED_LINES = regex(r"\d(?<![^.\n].)\d*(?![^.\n])")
+# Names that are taken apart as one text.
+_AT_ONCE = 1000
 
 
 def _number(template: str, numbers: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import OptionError, PlanError
@@ -116,7 +117,7 @@ def _pieces(
     if _by_version(shapes, config):
         for hub in _swappable(shapes, config):
             *outer, rows, columns = pieces[hub].shape
-            pieces[hub] = pieces[hub]._replace(shape=(*outer, columns, rows), swapped=True)
+            pieces[hub] = replace(pieces[hub], shape=(*outer, columns, rows), swapped=True)
     return pieces
 
 

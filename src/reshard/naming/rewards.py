@@ -25,7 +25,7 @@ from reshard.core.tensors import Entry, Shape
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming import value_heads
 from reshard.naming.schema import levels
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrap, unwrapped
 from reshard.naming.value_heads import ValueHead
 
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
@@ -109,9 +109,10 @@ def split(
     do not agree or a `value_head` that is not there.
     """
     heads: dict[str, Entry] = {}
-    backbone: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        clean = unwrap(name)
+    plain = unwrapped(entries)
+    ending = any(clean.endswith(_SUFFIXES) for clean in plain)
+    backbone: dict[str, Entry] = {} if ending else dict(entries)
+    for clean, (name, entry) in zip(plain, entries.items(), strict=True) if ending else ():
         kind, suffix = _head_type(clean)
         elsewhere = clean in base or allows(clean) or clean.startswith(f"{value_head}.")
         if suffix and "." not in kind and not elsewhere:

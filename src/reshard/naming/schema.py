@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import product
 from typing import Any
 
@@ -63,7 +63,7 @@ def bare_layout(config: Mapping[str, Any]) -> Layout:
     """The layout of files saved from the backbone class: no name contains the backbone's part."""
     part = backbone_part(config)
     names = (("lm_head.**", "lm_head.**"), (f"{part}.**", "**"))
-    return Layout("as saved from the backbone class", names=names)
+    return Layout("as saved from the backbone class", (0,), names=names)
 
 
 def backbone_part(config: Mapping[str, Any]) -> str:
@@ -80,10 +80,19 @@ def comes_with_base(name: str, config: Mapping[str, Any]) -> bool:
 
 def is_constant(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a module computes a tensor from its config."""
+    return constants_of(config)(name)
+
+
+def constants_of(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """`is_constant` of one config, for very many names."""
     own = families.CONSTANTS_OF.get(str(config.get("model_type")))
-    if own is not None and patterns.matches_any(own, name):
-        return True
-    return name.endswith(_CONSTANT) and patterns.matches_any(families.CONSTANTS, name)
+
+    def is_one(name: str) -> bool:
+        if own is not None and patterns.matches_any(own, name):
+            return True
+        return name.endswith(_CONSTANT) and patterns.matches_any(families.CONSTANTS, name)
+
+    return is_one
 
 
 # Of 40,000 names, nearly all end otherwise.
@@ -92,15 +101,24 @@ _CONSTANT = tuple({f".{pattern.rpartition('.')[2]}" for pattern in families.CONS
 
 def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
     """Whether no loaded model holds a tensor of a model's files: a multi-token-prediction layer."""
-    if "mtp" in name and patterns.matches_any(families.UNHELD, name):
-        return True
+    return unheld_of(config)(name)
+
+
+def unheld_of(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """`is_unheld` of one config, for very many names."""
     more = [level for level in levels(config) if level.get(families.MORE_LAYERS)]
-    for level in more:
-        first, count = level.get("num_hidden_layers"), level[families.MORE_LAYERS]
-        found = next(filter(None, (patterns.match(p, name) for p in families.LAYERS)), None)
-        if found and isinstance(first, int) and isinstance(count, int) and found[0].isdecimal():
-            return first <= int(found[0]) < first + count
-    return False
+
+    def is_one(name: str) -> bool:
+        if "mtp" in name and patterns.matches_any(families.UNHELD, name):
+            return True
+        for level in more:
+            first, count = level.get("num_hidden_layers"), level[families.MORE_LAYERS]
+            found = next(filter(None, (patterns.match(p, name) for p in families.LAYERS)), None)
+            if found and isinstance(first, int) and isinstance(count, int) and found[0].isdecimal():
+                return first <= int(found[0]) < first + count
+        return False
+
+    return is_one
 
 
 #: Ends of the names of classes that score: a `score` stands in place of their output head.

@@ -9,7 +9,7 @@ allowed. Exactly one complete candidate must remain.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 
 from msgspec import Struct
@@ -20,8 +20,9 @@ from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families
 from reshard.naming.beginnings import heads
-from reshard.naming.judge import FAULTS, FitOptions, Verdict
+from reshard.naming.judge import FAULTS, FitOptions, Verdict, pattern_of
 from reshard.naming.readings import common_start
+from reshard.naming.scanning import any_contains
 from reshard.naming.schema import Schema
 from reshard.naming.ways import Candidate, Ways
 from reshard.naming.wider import likely_prefixes, part_views
@@ -49,9 +50,16 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> SourceNames:
     """
     owners: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
-    for own, entry in entries.items():
+    wrapped = any_contains(
+        (name for own, entry in entries.items() for name in (own, *entry.aliases)),
+        families.WRAPPERS,
+    )
+    if prefix is None and not wrapped and not any(entry.aliases for entry in entries.values()):
+        owners = dict(zip(entries, entries, strict=True))
+        shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    for own, entry in () if owners else entries.items():
         for name in (own, *entry.aliases):
-            clean = unwrap(name)
+            clean = unwrap(name) if wrapped else name
             if prefix is not None and not clean.startswith(prefix):
                 continue
             if owners.setdefault(clean, own) != own:
@@ -87,6 +95,12 @@ def unwrap(name: str) -> str:
 
 
 _WRAPPED = regex("|".join(map(re.escape, sorted(families.WRAPPERS))))
+
+
+def unwrapped(names: Iterable[str]) -> list[str]:
+    """Each of the names without the parts that wrappers insert."""
+    listed = [*names]
+    return [*map(unwrap, listed)] if any_contains(listed, families.WRAPPERS) else listed
 
 
 def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
@@ -174,9 +188,10 @@ def prefixes(names: Iterable[str], given: str | None) -> Iterator[str]:
     listed = tuple(names)
     shared = shared_prefixes(listed)
     yield from shared
-    for prefix in families.PREFIXES:
-        holders = sum(name.startswith(prefix) for name in listed)
-        if prefix not in shared and 2 * holders > len(listed):
+    known = tuple(prefix for prefix in families.PREFIXES if prefix not in shared)
+    likely = [name for name in listed if name.startswith(known)]
+    for prefix in known if 2 * len(likely) > len(listed) else ():
+        if 2 * sum(name.startswith(prefix) for name in likely) > len(listed):
             yield prefix
 
 
@@ -211,7 +226,7 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     if options.allow:  # what --allow names is dropped only where no way keeps it
         least = min(candidate.given_up for candidate in complete)
         complete = [candidate for candidate in complete if candidate.given_up == least]
-    different = _apart(complete)
+    every = different = _apart(complete)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
         loaded = [c for c in different if any(view.loads_as(version) for view in c.views)]
@@ -219,16 +234,45 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     if len(different) == 1:
         return different[0]
     ways = "; ".join(candidate.title for candidate in different)
-    holders = {candidate.prefix for candidate in different}
-    if "" not in holders and len(holders) == len(different):  # models, of which --allow leaves one
+    holders = dict.fromkeys(candidate.prefix for candidate in different)
+    # Models, of which --allow leaves one: what is outside of each is allowed.
+    beside = all(candidate.source.allowed for candidate in different if candidate.prefix)
+    if len(holders) > 1 and beside:
         raise NamesError(
-            f"the checkpoint holds {len(different)} models that fit the base: {ways}.",
-            hint=_choosing(candidate.prefix for candidate in different),
+            f"the checkpoint holds {len(holders)} models that fit the base: {ways}.",
+            hint=_choosing_allowed(holders),
         )
-    raise NamesError(
+    told = (
         f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
-        f"places or orientations: {ways}.",
+        f"places or orientations: {ways}."
+    )
+    if not _is_told_by_version(every):
+        raise NamesError(f"{told} No option says which of them is right.")
+    raise NamesError(
+        told,
         hint="Name the transformers version it was trained with: --transformers-version."
         if version is None
         else "Name the version of another one of these ways, if it was trained with that.",
     )
+
+
+def _choosing_allowed(prefixes: Collection[str]) -> str:
+    """The options that choose one of the models that `--allow` leaves, each without the others."""
+    named = [prefix for prefix in prefixes if prefix]
+    chosen = _choosing(named)
+    if "" not in prefixes:
+        return chosen
+    patterns = " ".join(f"'{pattern_of(prefix)}*'" for prefix in named)
+    return f"{chosen} For the one without a prefix, pass only --allow {patterns}."
+
+
+def _is_told_by_version(candidates: Iterable[Candidate]) -> bool:
+    """Whether there is a version of transformers in which only one of them is loaded."""
+    views = [candidate.views for candidate in candidates]
+    starts = {layout.since for same in views for view in same for layout in view.layouts}
+    loaded = (
+        [any(view.loads_as(start) for view in same) for same in views]
+        for start in starts
+        if start is not None
+    )
+    return any(sum(each) == 1 for each in loaded)

@@ -34,8 +34,9 @@ from reshard.naming import patterns
 from reshard.naming.megatron import MTP_COPIES
 from reshard.naming.mismatch import check_stacked
 from reshard.naming.name_map import Translation
+from reshard.naming.scanning import any_contains
 from reshard.naming.schema import Schema, number
-from reshard.naming.search import unwrap
+from reshard.naming.search import unwrap, unwrapped
 
 #: (on the hub, in torchtitan); `*` is a layer.
 NAMES = (
@@ -199,7 +200,9 @@ class Translated(Struct, frozen=True):
 
 def is_titan(names: Iterable[str], schema: Schema) -> bool:
     """Whether a checkpoint's tensors have torchtitan's or Meta's names, and the base's have not."""
-    plain = [unwrap(name) for name in names]
+    plain = unwrapped(names)
+    if not all(any_contains(plain, (patterns.spelt(sign),)) for sign in _SIGNS):
+        return False
     if not all(any(patterns.match(sign, name) is not None for name in plain) for sign in _SIGNS):
         return False
     return all(patterns.match(_HUBS_OWN, name) is None for name in schema.specs)

@@ -21,7 +21,8 @@ from msgspec import Struct
 
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError, listed
-from reshard.naming.search import shared_prefixes, unwrap
+from reshard.naming.scanning import any_contains
+from reshard.naming.search import shared_prefixes, unwrapped
 
 #: The head of transformers' classifiers.
 SCORE = "score"
@@ -74,9 +75,14 @@ def find(
     Without `given` it is one of the known names, of the model or of what all names lie under.
     Raises `NamesError` where the named one is not there.
     """
-    clean = {unwrap(name): name for name in entries}
+    plain = unwrapped(entries)
+    known = _KNOWN if given is None else (given.removesuffix(".weight"),)
+    heads = [head for head in known if any_contains(plain, (f"{head}.",))]
+    if given is None and not heads:
+        return None
+    clean = dict(zip(plain, entries, strict=True))
     shared = shared_prefixes(clean)[-1]
-    for head in _KNOWN if given is None else (given.removesuffix(".weight"),):
+    for head in heads:
         for prefix in dict.fromkeys((shared, "")):
             inside = f"{prefix}{head}."
             found = {

@@ -75,11 +75,8 @@ def memory_names(case: Case) -> Signs | None:
     if fit is None:
         return None
     known = {*case.base.entries, *case.fitted.entries, *fit.matching.tied}
-    strange = [
-        clean
-        for clean, own in case.clean.items()
-        if clean not in known and own not in fit.matching.unexpected
-    ]
+    left = frozenset(fit.matching.unexpected)
+    strange = [c for c, own in case.clean.items() if c not in known and own not in left]
     if not strange:
         return None
     evidence = (

@@ -23,12 +23,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
-from reshard.core.regex import regex
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError, listed
+from reshard.naming.families import WRAPPERS
 from reshard.naming.lora import methods
 from reshard.naming.lora.stored import Stored
-from reshard.naming.search import unwrap
+from reshard.naming.scanning import any_contains
+from reshard.naming.search import unwrap, unwrapped
 
 # PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
 PREFIX = "base_model.model."
@@ -103,23 +104,31 @@ def separate(
     Raises `UnsupportedError` for methods that are not supported, by name; `PlanError` where there
     are several adapters and none was named; `IncompleteError` where A or B is missing.
     """
+    names = (name for entry in entries.values() for name in entry.names)
+    if adapter is None and not any_contains(names, (*methods.SIGNS, PREFIX, *WRAPPERS)):
+        return Separated(entries, {})
     return _Separation(entries, adapter, base or {}).result()
 
 
 def holds_adapters(entries: Iterable[str]) -> bool:
     """Whether a tensor of an adapter is among the names."""
-    return any(part in methods.TENSORS for name in entries for part in name.split("."))
+    names = [*entries]
+    return any_contains(names, methods.TENSORS) and any(
+        part in methods.TENSORS for name in names for part in name.split(".")
+    )
 
 
 def is_traced(names: Iterable[str], base: Iterable[str] = ()) -> bool:
     """Whether PEFT wrapped the model that has these names, by parts that the base's names lack."""
+    listed = [*names]
+    if not any_contains(listed, _TRACES):
+        return False
     own = methods.parts_of(base)
-    likely = (name for name in names if _TRACES.search(name) is not None)
-    return any(_is_trace(unwrap(name).split("."), own) for name in likely)
+    return any(_is_trace(unwrap(name).split("."), own) for name in listed)
 
 
-# What stands in every name that has a trace of PEFT; of 40,000 others, nearly none is taken apart.
-_TRACES = regex("|".join(("lora_", "base_model", *methods.WRAPPING, *methods.PROMPTS)))
+# One of these stands in every name that has a trace of PEFT.
+_TRACES = ("lora_", "base_model", *methods.WRAPPING, *methods.PROMPTS)
 
 
 def _is_trace(parts: list[str], own: frozenset[str]) -> bool:
@@ -170,7 +179,7 @@ class _Separation:
         self._base = base
         self._own = methods.parts_of(base)
         self._own_tails = {_tail(name.split(".")) for name in base} - {""} if self._own else set()
-        names = [unwrap(name) for entry in entries.values() for name in entry.names]
+        names = unwrapped(name for entry in entries.values() for name in entry.names)
         self._traced = is_traced(names, base)
         self._found = {found for name in names for found in self._adapters_in(name.split("."))}
         self._name = self._choose(adapter)

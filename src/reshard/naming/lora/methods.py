@@ -13,6 +13,8 @@ from itertools import islice
 
 from msgspec import Struct
 
+from reshard.naming.scanning import any_contains
+
 # Names whose parts are compared at once: those of 40,000 may be 4 million.
 _AT_ONCE = 4096
 
@@ -137,6 +139,10 @@ _STARTS = (
 )
 
 
+#: One of these is in every name with a part that PEFT might have put there.
+SIGNS = (*_STARTS, *WRAPPING, *PROMPTS)
+
+
 def base_changing(init: object) -> bool:
     """Whether an `init_lora_weights` subtracts the adapter's first update from the base's
     weights."""
@@ -187,6 +193,8 @@ def parts_of(names: Iterable[str]) -> frozenset[str]:
     found: set[str] = set()
     rest = iter(names)
     while some := list(islice(rest, _AT_ONCE)):
+        if not any_contains(some, SIGNS):
+            continue
         found.update(filter(looks_adapted, {part for name in some for part in name.split(".")}))
     return frozenset(found)
 

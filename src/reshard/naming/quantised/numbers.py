@@ -27,6 +27,7 @@ from reshard.naming.quantised.stated import Statement, statement
 _FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 # Two codes of four bits lie in a byte.
 _PACKED = ("uint8", "int8", "float4_e2m1fn_x2")
+_CODES = frozenset((*_FP8, *_PACKED))
 # The edge of DeepSeek's blocks, for tensors without a config.
 _USUAL_BLOCK = 128
 # gpt-oss: [experts, rows, groups, 16] codes two a byte, [experts, rows, groups] scales.
@@ -93,7 +94,9 @@ class _Pairing:
         self._kinds: dict[str, str] = {}
 
     def result(self) -> Numbers:
-        made = {name: self._number(name, entry) for name, entry in self._entries.items()}
+        made = self._entries
+        if any(entry.spec.dtype.name in _CODES for entry in made.values()):
+            made = {name: self._number(name, entry) for name, entry in made.items()}
         self._check_alone()
         if not self._kinds:
             return Numbers(self._entries, {}, stated=self._stated)
@@ -200,7 +203,9 @@ class _Pairing:
 
 def stale_scales(entries: Mapping[str, Entry]) -> dict[str, str]:
     """Weight -> scale, of weights that are not codes and have a scale of codes beside them."""
-    found = {}
+    found: dict[str, str] = {}
+    if not any(name.endswith(("_scale", "_scale_inv")) for name in entries):
+        return found
     for name, entry in entries.items():
         if not entry.spec.dtype.floating or entry.spec.dtype.itemsize == 1:
             continue

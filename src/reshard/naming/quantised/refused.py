@@ -41,6 +41,8 @@ _SIGNS = {
     "qbiases": ("MLX", 1),
     "_data": ("quanto", 2),
 }
+# Last parts of names that tell, or may tell, a kind.
+_TOLD = frozenset((*_SIGNS, "weight", "weight_packed"))
 # If signs of several kinds occur together, the first of them here is the kind.
 _RANK = (
     "bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes 4-bit", "bitsandbytes int8", "GPTQ",
@@ -103,8 +105,10 @@ def _is_of(name: str, modules: frozenset[str]) -> bool:
 def _signs(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
     """The modules that hold codes, each with its kind."""
     for name, entry in entries.items():
+        leaf = name[name.rfind(".") + 1 :]
+        if leaf not in _TOLD:
+            continue
         parts = name.split(".")
-        leaf = parts[-1]
         kind, depth = _SIGNS.get(leaf, ("", 1))
         if leaf == "weight":
             kind = _told_by_its_shape(".".join(parts[:-1]), entry, entries)
