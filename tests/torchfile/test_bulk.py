@@ -103,7 +103,7 @@ def test_every_byte_of_a_run(seen: Seen) -> None:
 
 @pytest.mark.slow
 def test_every_byte_of_long_runs(seen: Seen) -> None:
-    mutated(seen, 12, 2, 8)
+    mutated(seen, 9, 1, 6)
 
 
 def test_bytes_that_are_missing_or_too_many(seen: Seen) -> None:
