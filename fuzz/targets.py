@@ -27,6 +27,7 @@ from reshard.core.locations import MANIFEST
 from reshard.errors import ReshardError
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
+from tests.torchfile import runs
 from tests.torchfile.handmade import Member, archive, tensor, torch_file
 from tests.torchfile.handmade import pickle as pickled
 from tests.torchfile.hostile import FILES, GOOD, OLD_GOOD, PICKLES
@@ -125,6 +126,17 @@ def _dcp_seeds() -> list[bytes]:
     return seeds
 
 
+def _dcp_runs(data: bytes, folder: Path) -> None:
+    """A `.metadata`, its runs matched in bulk: what is accepted must be what its opcodes say."""
+    with runs.as_large():
+        runs.same(data)
+
+
+def _dcp_runs_seeds() -> list[bytes]:
+    short, few = runs.save(5), runs.save(2, 6)
+    return [pickle.dumps(short), runs.in_batches(runs.save(3, 2)), runs.in_batches(few, 2)]
+
+
 def _safetensors(data: bytes, folder: Path) -> None:
     """A file, and a header before 64 bytes of tensors."""
     path = folder / "model.safetensors"
@@ -221,6 +233,7 @@ TARGETS: Mapping[str, Target] = {
     "torch": Target(_torch, _torch_seeds, tuple(ATOMS)),
     "legacy": Target(_torch, _legacy_seeds, tuple(ATOMS)),
     "dcp": Target(_dcp, _dcp_seeds, tuple(ATOMS)),
+    "dcp runs": Target(_dcp_runs, _dcp_runs_seeds, tuple(ATOMS)),
     "safetensors": Target(_safetensors, _safetensors_seeds, _JSON_ATOMS),
     "index": Target(_index, _index_seeds, _JSON_ATOMS),
     "json": Target(_json, _json_seeds, _JSON_ATOMS),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from benchmarks.giants import Size, make_megatron
 from reshard.containers.dcp.metadata import Metadata
-from reshard.containers.dcp.parsing import compared, unpickled
 from reshard.containers.dcp.tables import Tables
-from reshard.containers.torch import bulk, read_pickle, read_tables, repeats
+from reshard.containers.torch import bulk, read_tables
 from reshard.containers.torch.memo import RecalledError
 from reshard.containers.torch.rows import Ledger, Rows, aligned
 from reshard.containers.torch.spans import Spans
-from reshard.errors import ReshardError
-
-#: Offsets of one, two, four, five and six bytes.
-FAR = (0, 255, 256, 65_535, 65_536, (1 << 31) - 1, 1 << 31, (1 << 39) - 1, 1 << 39, (1 << 47) - 1)
-NAMES = ("w", "größe", "Ô" * 9, "x" * 250, "mlp.experts.7.up_proj.weight")
+from tests.torchfile.runs import as_large, in_batches, same, save
 
 
 class Seen:
@@ -38,13 +32,8 @@ class Seen:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Small pickles are read as large ones are."""
-    monkeypatch.setattr(repeats, "MIN_BULK_NBYTES", 0)
-    monkeypatch.setattr(repeats, "_MIN_RUN", 1)
-    monkeypatch.setattr(repeats, "_FEW_NBYTES", 0)
-    monkeypatch.setattr(bulk, "_MIN_WINDOW", 0)
-    monkeypatch.setattr(bulk, "_MIN_COUNT", 2)
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    """What is counted while small pickles are read as large ones are."""
     found = Seen()
     match, read = bulk.match, Spans.read
 
@@ -60,62 +49,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     monkeypatch.setattr(bulk, "match", counted)
     monkeypatch.setattr(Spans, "read", noted)
-    return found
-
-
-def save(parts: int, tensors: int = 1, *, dims: int = 2, own_names: bool = True) -> dcp.Metadata:
-    """Tensors of equal shapes, each cut along the first dimension into `parts`."""
-    described: dict[str, Any] = {}
-    stored: dict[Any, Any] = {}
-    for number in range(tensors):
-        name = f"{number}.{NAMES[number % len(NAMES)]}"
-        chunks = []
-        for part in range(parts):
-            offsets = (part * 100, *(0,) * (dims - 1)) if dims else ()
-            sizes = (100, *(300,) * (dims - 1)) if dims else ()
-            chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            own = name.encode().decode() if own_names else name
-            file = f"__{part % 3}_0.distcp"
-            place = _StorageInfo(file, FAR[(number + part) % len(FAR)] + number, 7 + part)
-            stored[dcp.MetadataIndex(own, offsets, part)] = place
-        shape = (parts * 100, *(300,) * (dims - 1)) if dims else ()
-        properties = dcp.TensorProperties(torch.bfloat16)
-        described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
-    paths = {name: (name,) for name in described}
-    return dcp.Metadata(described, paths, stored, dcp.StorageMeta("x"), "1.0.0")
-
-
-def in_batches(metadata: dcp.Metadata, batch: int = 4) -> bytes:
-    """The pickle, with so many items between two SETITEMS; values that repeat are known from the
-    second batch on."""
-    stream = io.BytesIO()
-    pickler = pickle._Pickler(stream, 4)
-    vars(pickler)["_BATCHSIZE"] = batch
-    pickler.dump(metadata)
-    return stream.getvalue()
-
-
-def both(data: bytes) -> Iterator[Metadata | str]:
-    """What is read in bulk, and opcode by opcode: the metadata, or the refusal."""
-    ways: tuple[Callable[[], Metadata], ...] = (
-        lambda: unpickled(data, Path("p")),
-        lambda: compared(read_pickle(data, path="p").value, Tables("p")),
-    )
-    for read in ways:
-        try:
-            yield read()
-        except ReshardError as error:
-            yield f"{type(error).__name__} {error}"
-
-
-def same(data: bytes) -> Metadata | str:
-    """What both read; refusals may name another place of a broken pickle."""
-    fast, slow = both(data)
-    if isinstance(fast, Metadata) or isinstance(slow, Metadata):
-        assert fast == slow
-    else:
-        assert fast.split()[0] == slow.split()[0]
-    return fast
+    with as_large():
+        yield found
 
 
 @pytest.mark.parametrize("dims", [0, 1, 2, 3, 4, 5])
