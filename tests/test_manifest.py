@@ -13,8 +13,11 @@ import reshard
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Stated, WrittenFile
 from reshard.core.catalog import Origin
+from reshard.core.dtypes import FLOAT32
 from reshard.core.locations import MANIFEST
-from reshard.errors import FormatError, VerificationError
+from reshard.core.tensors import TensorSpec
+from reshard.errors import FormatError, PlanError, VerificationError
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 TENSORS = {
@@ -82,3 +85,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damaged: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(damaged)
     with Sources() as sources, pytest.raises(FormatError, match="it is damaged"):
         manifest.read(tmp_path, sources)
+
+
+def test_more_tensors_than_it_can_list_are_refused_before_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of 300,000 all were written, and then reshard could not read its own list of them."""
+    monkeypatch.setattr(manifest, "_FEW", 1)
+    monkeypatch.setattr(strict_json, "_MAX_HELD", 20_000)
+    for count in (20, 60):
+        specs = [TensorSpec(f"w{number}", FLOAT32, (4,)) for number in range(count)]
+        tensors = {spec.name: Stated("float32", spec.shape, "0" * 32) for spec in specs}
+        text = manifest.render("dcp", Origin(Path("x"), "torch"), {}, {}, tensors, {}, {})
+        if count == 20:
+            manifest.check_listable(specs)
+            assert manifest.parsed(text, tmp_path).tensors.keys() == tensors.keys()
+            continue
+        with pytest.raises(PlanError, match="its 60 tensors are more than"):
+            manifest.check_listable(specs)
+        with pytest.raises(FormatError, match="more than reshard reads"):
+            manifest.parsed(text, tmp_path)

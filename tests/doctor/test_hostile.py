@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reshard
+from tests import budget
+from tests.budget import needs_proc
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
 
@@ -102,3 +105,17 @@ def test_any_tensors(
         diagnosis = reshard.doctor(ill, base=known)
         json.dumps(diagnosis.to_json())
         assert diagnosis.findings or known is None
+
+
+@needs_proc
+@pytest.mark.parametrize("form", ["v{0}.weight", "v{0}.weight v{0}.weight_scale_inv"])
+def test_very_many_tensors_of_a_fault(form: str, tmp_path: Path) -> None:
+    """Each name was looked for among all placeholders, or all stale scales: minutes of 100,000."""
+    names = [name for number in range(40_000) for name in form.format(number).split()][:40_000]
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    raw = json.dumps(dict.fromkeys(names, empty)).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    seconds, peak, said = budget.run("doctor", tmp_path)
+    assert "zero3-placeholders" in said
+    assert seconds < budget.SECONDS
+    assert peak < budget.MEMORY

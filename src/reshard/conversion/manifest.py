@@ -18,7 +18,8 @@ It holds no path and no time of day: the same input gives the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,7 @@ from reshard.core.plan import Plan
 from reshard.core.regex import regex
 from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
-from reshard.errors import FormatError, NotFoundError, UnsupportedError
+from reshard.errors import FormatError, NotFoundError, PlanError, UnsupportedError
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
@@ -46,6 +47,8 @@ VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
 _SURROGATE = regex("[\ud800-\udfff]")
+# As many tensors can be listed, whatever models call theirs.
+_FEW = 150_000
 # Tensors whose lines are rendered at a time.
 _LINES = 1000
 # Bytes of a file that is copied, in memory at once.
@@ -161,6 +164,25 @@ def render(
             _put_lines(rendered, tables.pop(0))
             rendered.write(b"\n }")
     return rendered.getvalue()
+
+
+def check_listable(specs: Sequence[TensorSpec]) -> None:
+    """Raise `PlanError` for more tensors than a `reshard.json` can list that reshard reads, before
+    anything is written.
+
+    Memory: 120 bytes a tensor and their names.
+    """
+    if len(specs) <= _FEW:
+        return
+    text = BytesIO()
+    _put_lines(text, Table(specs, "", defaultdict(lambda: "0" * 32)))
+    try:
+        strict_json.check_budget(text.getvalue(), MANIFEST, _STATED_TOKEN_NBYTES)
+    except FormatError:
+        raise PlanError(
+            f"its {len(specs)} tensors are more than reshard lists in a {MANIFEST} that it can "
+            "read again: about 280000 with short names, fewer with longer ones."
+        ) from None
 
 
 # Stands in the text for a table of tensors; no other value is spelt so.

@@ -25,6 +25,7 @@ from reshard.conversion.base_model import (
 )
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.idle import idle
+from reshard.conversion.manifest import check_listable
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.quantised import as_numbers, dequantised, itself
@@ -96,6 +97,7 @@ def prepare(
     if state is not None:
         output = carried_along(output, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
+    check_listable([tensor.spec for tensor in output.model])
     nbytes = sum(tensor.spec.nbytes for tensor in output.model)
     if not dry_run or nbytes > _MAX_PLANNED:
         check_space(options.target, nbytes)

@@ -133,7 +133,8 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
     """The folder with what its safetensors files hold."""
     damaged: dict[str, str] = {}
     files: dict[str, frozenset[str]] = {}
-    found: dict[str, list[Entry]] = {}
+    found: dict[str, Entry] = {}
+    repeated: dict[str, list[Entry]] = {}
     for name in names:
         try:
             entries = huggingface.read_file(child(folder.path, name, store=True), sources)
@@ -144,13 +145,15 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
             damaged[name] = "it holds no tensor."
         files[name] = frozenset(entry.spec.name for entry in entries)
         for entry in entries:
-            found.setdefault(entry.spec.name, []).append(entry)
+            first = found.setdefault(entry.spec.name, entry)
+            if first is not entry:
+                repeated.setdefault(entry.spec.name, [first]).append(entry)
     return replace(
         folder,
-        entries={name: copies[0] for name, copies in found.items()},
+        entries=found,
         files=files,
         damaged=damaged,
-        repeated={name: tuple(copies) for name, copies in found.items() if len(copies) > 1},
+        repeated={name: tuple(copies) for name, copies in repeated.items()},
     )
 
 

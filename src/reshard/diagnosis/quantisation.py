@@ -64,7 +64,8 @@ def examine(folder: Folder, sources: Sources) -> tuple[Folder, Quantisation]:
         kept = without_codes(entries, unread)
         return replace(folder, entries=kept), Quantisation(stated, unread=unread)
     stale = stale_scales(entries)
-    left = {name: entry for name, entry in entries.items() if name not in set(stale.values())}
+    scales = frozenset(stale.values())
+    left = {name: e for name, e in entries.items() if name not in scales} if scales else entries
     try:
         found = numbers(left, folder.settings)
     except ReshardError as error:

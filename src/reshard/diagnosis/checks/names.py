@@ -12,6 +12,7 @@ from reshard.errors import NamesError
 from reshard.naming import patterns
 from reshard.naming.families import WRAPPERS
 from reshard.naming.layouts import Layout
+from reshard.naming.scanning import any_contains
 from reshard.naming.schema import family, text_config
 
 _FITTED = "the tensors are written under the base's names"
@@ -50,7 +51,9 @@ def placeholders(case: Case) -> Signs | None:
 
 def wrapper_prefix(case: Case) -> Signs | None:
     """Parts of names that wrappers or trainers added."""
-    wrappers = sorted({p for name in case.folder.entries for p in name.split(".")} & WRAPPERS)
+    wrapped = any_contains(case.folder.entries, WRAPPERS)
+    parts = (name.split(".") for name in case.folder.entries) if wrapped else ()
+    wrappers = sorted({part for name in parts for part in name} & WRAPPERS)
     evidence = []
     if wrappers:
         evidence.append(f"names contain parts of wrappers: {some(wrappers)}")
