@@ -65,8 +65,9 @@ def _wide_header(count: int) -> bytes:
 
     Of 300,000 in a model each command took 0.9 to 4.9 s of processor time and at most 255 MiB, on
     cores that were shared; a header of 310,000 is not parsed. Of 300,000 in an adapter doctor took
-    7.3 s, and diff, beside a reward head of as many, 11 s and 440 MiB. Names that are each a pattern of their own take
-    more, as a base: 2.4 s and 199 MiB for 150,000, 4.2 s and 273 MiB for 200,000.
+    7.3 s, and diff, beside a reward head of as many, 11 s and 440 MiB.
+    Names that are each a pattern of their own take more, as a base: 2.4 s and 199 MiB for 150,000,
+    4.2 s and 273 MiB for 200,000.
     """
     line = b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     return _safetensors(b"{" + b",".join(line % number for number in range(count)) + b"}")
