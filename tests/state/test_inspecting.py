@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import reshard
 from reshard.cli.app import reshard as command
@@ -60,6 +61,20 @@ def test_inspect_shows_the_state() -> None:
 def test_inspect_says_what_the_checkpoint_does_not_hold() -> None:
     text = str(reshard.inspect(case("ds_s2_bf16_elastic").folder, optimizer=True))
     assert "its hyperparameters are not in the checkpoint" in text
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_inspect_of_an_optimizer_that_has_no_state(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    """SGD without momentum never has any, Adam none before its first step."""
+    model = torch.nn.Linear(3, 4)
+    optimizer = kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    text = str(reshard.inspect(tmp_path, optimizer=True))
+    assert "no moments of 2 parameters, 0 B" in text
+    assert "2 parameters; lr 0.1" in text
 
 
 def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,10 +48,10 @@ class StateSummary(Struct, frozen=True):
         return f"{', '.join(parts) or 'no moments'} of {len(state.names)} parameters"
 
     def _steps(self, state: TrainingState) -> str:
-        counts = sorted({step.count for step in state.steps.values()})
-        return f", step {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" * bool(
-            counts
-        )
+        counts = {step.count for step in state.steps.values()}
+        if not counts:
+            return ""
+        return f", step {' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))}"
 
     def to_json(self) -> dict[str, Any] | None:
         """The state as JSON values."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from operator import attrgetter
 
 from msgspec import Struct
 
@@ -16,7 +17,8 @@ from reshard.containers.torch.malformed import Compressed, Malformed, show
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
+# Without the versions, the time and the attributes, which are of no use here.
+_CENTRAL = struct.Struct("<4s4x2H4x3L4H6xL")
 _U16, _U32 = 0xFFFF, 0xFFFFFFFF
 
 # Bytes at the end of an archive that `parse_end` looks at.
@@ -35,7 +37,7 @@ class Directory(Struct, frozen=True):
     count: int
 
 
-class ArchiveEntry(Struct, frozen=True):
+class ArchiveEntry(Struct, frozen=True, gc=False):
     """An entry as the directory states it. `header` counts from the start of the archive.
 
     `crc32` is None where the writer did not compute it: it then wrote 0, which the data of a
@@ -99,12 +101,12 @@ def _parse_end64(tail: bytes, end: int) -> Sequence[int] | None:
 def parse_entries(raw: bytes, count: int) -> list[ArchiveEntry]:
     """The entries of a directory, in its order, of different names. Raises `Malformed`."""
     entries: list[ArchiveEntry] = []
-    position = 0
+    position, unpack = 0, _CENTRAL.unpack_from
     while position < len(raw):
         if position + _CENTRAL.size > len(raw):
             raise Malformed("its directory ends within an entry")
-        fields = _CENTRAL.unpack_from(raw, position)
-        signature, *_, name_nbytes, extra_nbytes, comment_nbytes, _, _, _, _ = fields
+        fields = unpack(raw, position)
+        signature, *_, name_nbytes, extra_nbytes, comment_nbytes, _, _ = fields
         name_at = position + _CENTRAL.size
         extra_at = name_at + name_nbytes
         comment_at = extra_at + extra_nbytes
@@ -120,7 +122,7 @@ def parse_entries(raw: bytes, count: int) -> list[ArchiveEntry]:
 
 
 def _parse_entry(fields: Sequence[int], raw_name: bytes, extra: bytes) -> ArchiveEntry:
-    _, _, _, flags, method, _, _, crc32, packed, nbytes, *_, disk, _, _, header = fields
+    _, flags, method, crc32, packed, nbytes, _, _, _, disk, header = fields
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
@@ -129,7 +131,7 @@ def _parse_entry(fields: Sequence[int], raw_name: bytes, extra: bytes) -> Archiv
         raise Malformed(f"its entry {show(name)} is encrypted; torch.save encrypts none")
     if method:
         raise Compressed(name, show(name))
-    if _U32 in (packed, nbytes, header):
+    if packed == _U32 or nbytes == _U32 or header == _U32:
         nbytes, packed, header = _widen(extra, (nbytes, packed, header))
     if packed != nbytes or disk:
         raise Malformed(f"its entry {show(name)} has {nbytes} bytes, stored in {packed}")
@@ -157,7 +159,7 @@ def check_places(entries: Sequence[ArchiveEntry], directory: Directory) -> list[
     Raises `Malformed` where two overlap, as far as a directory tells: it does not state the
     padding of local headers.
     """
-    ordered = sorted(entries, key=lambda entry: entry.header)
+    ordered = sorted(entries, key=attrgetter("header"))
     starts = [entry.header for entry in ordered] + [directory.start]
     for entry, following in zip(ordered, starts[1:], strict=True):
         if entry.least_end > following:
