@@ -69,7 +69,7 @@ def test_inspect_of_an_optimizer_that_has_no_state(
 ) -> None:
     """SGD without momentum never has any, Adam none before its first step."""
     model = torch.nn.Linear(3, 4)
-    optimizer = kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    optimizer = kind(model.parameters(), lr=0.1)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
     text = str(reshard.inspect(tmp_path, optimizer=True))
