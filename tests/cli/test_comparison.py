@@ -145,7 +145,9 @@ def test_equal_checkpoints(tmp_path: Path, capsys: Shown) -> None:
 @pytest.mark.parametrize(
     ("asked", "rows", "left"),
     [((), 40, "10 more tensors in 10 rows: --tensors shows all of them."),
-     (("--top", "3"), 3, "47 more tensors in 47 rows: --tensors shows all of them."),
+     (("--top", "3"), 3, "47 more tensors in 47 rows: --tensors without --top shows all of them."),
+     (("--top", "3", "--tensors"), 3,
+      "47 more tensors in 47 rows: --tensors without --top shows all of them."),
      (("--tensors",), 50, None)],
 )  # fmt: skip
 def test_a_long_list_of_tensors_on_one_side_is_cut(

@@ -62,8 +62,8 @@ def model_of_fewer_layers(at: Path) -> Case:
     return with_options(run, at, {"base": base}, {"base": own})
 
 
-@follows("{} What it has no place for are biases of its modules: a model without them is another "
-         "one.")  # fmt: skip
+@follows("{} What it has no place for includes biases of its modules: a model without them is "
+         "another one.")  # fmt: skip
 def trained_biases(at: Path) -> Case:
     def biased(seed: int) -> tiny.State:
         weights = tiny.state(seed)

@@ -220,6 +220,11 @@ def test_a_head_of_another_width() -> None:
         split(tables.entries(shapes))
 
 
+def test_a_head_without_dimensions() -> None:
+    with pytest.raises(NamesError, match=r"its shape is \(\), a reward head of width 0"):
+        split(tables.entries({"critic_head.0.weight": ()}))
+
+
 def test_a_value_head_that_is_not_there() -> None:
     entries = tables.entries({"model.norm.weight": (8,), "v_head.weight": (1, 8)})
     with pytest.raises(NamesError, match=r"'value'.*in: v_head"):

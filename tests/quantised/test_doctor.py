@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
+from reshard.naming.quantised import refused
+from tests.naming import tables
 from tests.quantised.conftest import MAKERS, Get
 
 KINDS = list(MAKERS)
@@ -164,10 +166,24 @@ def test_a_code_without_its_scale(model: Get, tmp_path: Path) -> None:
         reshard.convert(ill, tmp_path / "out")
 
 
-def test_scales_of_another_shape(model: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [("weight_scale_inv", torch.ones(5, 2)), ("weight_scale_inv", torch.ones(0, 2)),
+     ("weight", torch.zeros((), dtype=torch.float8_e4m3fn))],
+    ids=["too many scales", "no scales", "no dimensions"],
+)  # fmt: skip
+def test_scales_of_another_shape(
+    leaf: str, value: torch.Tensor, model: Get, tmp_path: Path
+) -> None:
     made = model("blocks")
-    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    ill = changed(made.folder, tmp_path / "ill", lambda s: {**s, name: torch.ones(5, 2)})
+    name = f"model.layers.0.mlp.up_proj.{leaf}"
+    ill = changed(made.folder, tmp_path / "ill", lambda s: {**s, name: value})
     assert found(ill) == {"codes-unreadable"}
     with pytest.raises(reshard.UnsupportedError, match="does not match codes of shape"):
         reshard.convert(ill, tmp_path / "out")
+
+
+def test_packed_codes_without_dimensions() -> None:
+    found = refused(tables.entries({"x.weight_packed": (), "x.weight_scale": (2,)}), None)
+    assert found is not None
+    assert found.modules == {"x"}

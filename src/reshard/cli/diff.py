@@ -170,7 +170,7 @@ def show(comparison: Comparison, *, tensors: bool, top: int | None, sort: Key | 
     output.print_table(comparison.rows())
     apart = comparison.apart()
     if apart:
-        _print_apart(apart, top or (len(apart) if tensors else _MAX_APART))
+        _print_apart(apart, top, tensors=tensors)
     differing = [one for one in comparison.measured if one.kind == "values"]
     if tensors and differing:
         _print_tensors(differing, sort, top)
@@ -181,16 +181,17 @@ def show(comparison: Comparison, *, tensors: bool, top: int | None, sort: Key | 
             _print_sums("module", ordered(modules, sort, top))
 
 
-def _print_apart(apart: Sequence[tuple[str, str, int]], top: int) -> None:
+def _print_apart(apart: Sequence[tuple[str, str, int]], top: int | None, *, tensors: bool) -> None:
     """The first rows of the tensors that could not be measured, and how many are not shown."""
+    rows = top or (len(apart) if tensors else _MAX_APART)
     output.print_result("")
-    cells = [(str(count), how, name) for how, name, count in apart[:top]]
+    cells = [(str(count), how, name) for how, name, count in apart[:rows]]
     output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
-    left = apart[top:]
+    left = apart[rows:]
     if left:
         count = sum(count for _, _, count in left)
-        rows = f"{count:,} more tensors in {len(left):,} rows: --tensors shows all of them."
-        output.print_result(rows)
+        how = "--tensors without --top shows" if top else "--tensors shows"
+        output.print_result(f"{count:,} more tensors in {len(left):,} rows: {how} all of them.")
 
 
 def _print_sums(title: str, rows: Iterable[Sum]) -> None:

@@ -28,7 +28,9 @@ _FROZEN = (
 _WITHOUT_LAYERS = (
     f"{_FROZEN} If the model that was trained has fewer layers, pass its own base as --base."
 )
-_BIASES = "What it has no place for are biases of its modules: a model without them is another one."
+_BIASES = (
+    "What it has no place for includes biases of its modules: a model without them is another one."
+)
 # Experts of all layers that are taken in any case: the largest models have half as many.
 _MAX_EXPERTS = 1 << 17
 # Names shown of each list; the error's fields hold all of them.

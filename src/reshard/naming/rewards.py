@@ -142,7 +142,7 @@ def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
     pooled = any(_head_type(name)[1] in _POOL for name in tensors)
     scaled = any(_head_type(name)[1] in _SCALE for name in tensors)
     first = tensors.get(f"{types[0]}_head.0.weight")
-    width = 0 if first is None else first.spec.shape[-1]
+    width = first.spec.shape[-1] if first is not None and first.spec.shape else 0
     for suffix, dims in {
         **_HEAD,
         **(_POOL if pooled else {}),

@@ -13,6 +13,8 @@ E8M0 = parse("float8_e8m0fnu")
 
 def are_mx(codes: Entry, scales: Entry) -> bool:
     """Whether bytes are microscaled e2m1 codes, two a byte, and these are their scales."""
+    if not codes.spec.shape:
+        return False
     *leading, columns = codes.spec.shape
     shape = (*leading, columns * 2 // BLOCK)
     return scales.spec.dtype.name in (E8M0.name, "uint8") and scales.spec.shape == shape

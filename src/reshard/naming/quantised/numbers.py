@@ -138,6 +138,8 @@ class _Pairing:
         return rearrange.transpose(made, 1, 2)
 
     def _scaled(self, name: str, codes: Entry, scales: Entry, code: Code) -> Entry:
+        if not codes.spec.shape:
+            raise self._misfit(codes, scales)
         per_byte = 2 if code == "float4_e2m1" else 1
         *leading, columns = codes.spec.shape
         shape = (*leading, columns * per_byte)
@@ -251,6 +253,8 @@ def _size(n: int, count: int, edge: int | None) -> int | None:
         return n
     if count == n:
         return 1
+    if not count:
+        return None
     if edge is not None and -(-n // edge) == count:
         return edge
     size, rest = divmod(n, count)
