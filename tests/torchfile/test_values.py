@@ -20,7 +20,7 @@ from reshard.containers.torch.limits import MAX_STRING_NBYTES
 from reshard.core import dtypes
 from reshard.core.dtypes import DType
 from reshard.core.tensors import flat, whole
-from reshard.errors import IncompleteError, PlanError
+from reshard.errors import IncompleteError, PlanError, UnsupportedError
 from tests.torchfile.handmade import pickle
 from tests.torchfile.support import OLD, read_bytes, same, saved, value_of
 
@@ -350,3 +350,12 @@ def test_a_string_of_many_megabytes_is_not_copied(
 def test_a_string_that_is_cut_off(code: bytes) -> None:
     with pytest.raises(IncompleteError, match="ends early"):
         read_pickle(code + struct.pack("<I", MAX_STRING_NBYTES + 1) + b"x.", path="x")
+
+
+@pytest.mark.parametrize("code", [b"X", b"B"])
+def test_a_key_that_is_not_decoded_is_refused(code: bytes) -> None:
+    """Its value may be a tensor, which whoever looks for names would pass over."""
+    key = code + struct.pack("<I", MAX_STRING_NBYTES + 1) + bytes(MAX_STRING_NBYTES + 1)
+    for data in (b"\x80\x02}" + key + b"K\1s.", b"\x80\x02}(K\1K\2" + key + b"K\1u."):
+        with pytest.raises(UnsupportedError, match=f"a key of more than {MAX_STRING_NBYTES} bytes"):
+            read_pickle(data, path="x")

@@ -35,12 +35,13 @@ from reshard.containers.torch.limits import (
     MAX_PROBES,
     MAX_SMALL_KEY,
     MAX_STACK,
+    MAX_STRING_NBYTES,
     TENSOR_NBYTES,
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed, show
 from reshard.containers.torch.memo import LEFT_OUT, Compactor, Memo, RecalledError, is_size
-from reshard.containers.torch.opcodes import TABLE
+from reshard.containers.torch.opcodes import TABLE, UNREAD
 from reshard.containers.torch.records import Global, Instance, Opaque, Shared, TensorRef
 from reshard.containers.torch.repeats import Repeats
 from reshard.containers.torch.rows import Rows
@@ -307,6 +308,11 @@ class Machine:
         return left
 
     def _check_key(self, obj: dict[object, object], key: object) -> None:
+        if isinstance(key, Opaque) and key.name in UNREAD:
+            # Whoever looks for tensors by their names would pass over its value.
+            raise self.refused(
+                f"a dictionary of its pickle has a key of more than {MAX_STRING_NBYTES} bytes."
+            )
         if type(key) in _HARMLESS_KEYS:
             return
         if type(key) is Rows:

@@ -145,6 +145,9 @@ def _binfloat(m: Machine, pos: int) -> int:
 
 # Strings.
 
+#: Names of the records of texts and bytes that are too long to be copied.
+UNREAD = ("builtins.str", "builtins.bytes")
+
 
 def _push_unread(m: Machine, pos: int, nbytes: int, kind: str) -> int:
     if pos + nbytes > len(m.data):
