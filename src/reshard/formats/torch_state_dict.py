@@ -188,6 +188,11 @@ def _state_dict(
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
+        if isinstance(tensor, TensorRef) and not isinstance(name, str):
+            raise UnsupportedError(
+                f"a tensor of its state dict has no name: its key is a {type(name).__name__}.",
+                path=path,
+            )
     return value, {before + name: tensor for name, tensor in found.items()}
 
 
