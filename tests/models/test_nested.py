@@ -124,7 +124,9 @@ def test_one_ranks_shards_are_refused(tmp_path: Path) -> None:
 def test_a_tensor_whose_key_is_not_a_name_is_refused(
     key: object, base: Path, tmp_path: Path
 ) -> None:
-    for content in ({**STATE, key: torch.ones(3)}, {"model": {**STATE, key: torch.ones(3)}}):
+    state: dict[object, torch.Tensor] = {**STATE}
+    state[key] = torch.ones(3)
+    for content in (state, {"model": state}):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(reshard.UnsupportedError, match=f"its key is a {type(key).__name__}"):
             reshard.convert(tmp_path / "x.pt", tmp_path / "out", base=base)
