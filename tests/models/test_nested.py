@@ -124,7 +124,7 @@ def test_one_ranks_shards_are_refused(tmp_path: Path) -> None:
 def test_a_tensor_whose_key_is_not_a_name_is_refused(
     key: object, base: Path, tmp_path: Path
 ) -> None:
-    state: dict[object, torch.Tensor] = {**STATE}
+    state: dict[Any, torch.Tensor] = dict(STATE)
     state[key] = torch.ones(3)
     for content in (state, {"model": state}):
         torch.save(content, tmp_path / "x.pt")
