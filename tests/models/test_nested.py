@@ -130,3 +130,28 @@ def test_a_tensor_whose_key_is_not_a_name_is_refused(
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(reshard.UnsupportedError, match=f"its key is a {type(key).__name__}"):
             reshard.convert(tmp_path / "x.pt", tmp_path / "out", base=base)
+
+
+LISTS: dict[str, Any] = {
+    **STATE,
+    "memory": [torch.ones(2), torch.ones(3)],
+    "deep": {"of": ({"x": torch.ones(2)},)},
+    "losses": [torch.tensor(1.0)],
+    "optimizer": {"param_groups": [torch.ones(2)]},
+}
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_lists_of_tensors_are_named_in_a_finding(kind: str, tmp_path: Path) -> None:
+    if kind == "torch":
+        source = tmp_path / "run.pt"
+        torch.save(LISTS, source)
+    else:
+        source = tmp_path / "run"
+        lists = {key: value for key, value in LISTS.items() if key != "optimizer"}
+        dcp.save({"model": lists}, checkpoint_id=source, no_dist=True, planner=whole())
+    report = reshard.convert(source, tmp_path / "out")
+    (found,) = (one for one in report.findings if one.code == "lists-left-out")
+    before = "model." if kind == "dcp" else ""
+    assert found.message.endswith(f"were not read: {before}memory, {before}deep.of.")
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), STATE)

@@ -93,6 +93,12 @@ def objects_unread(names: Sequence[str]) -> Finding:
     return Finding("objects-unread", f"objects that were skipped: {listed(names)}.")
 
 
+def lists_left_out(names: Sequence[str]) -> Finding:
+    """The finding that these lists of a checkpoint hold tensors, which have no names there."""
+    message = f"tensors in lists have no names and were not read: {listed(names)}."
+    return Finding("lists-left-out", message)
+
+
 def part_left_out(name: str, count: int) -> Finding:
     """The finding that a part of a nested state dict with `count` tensors, by its dotted name,
     is not read."""
@@ -256,6 +262,8 @@ CODES: dict[str, Code] = {
         "layers for multi-token prediction are left out, because the trainer has no names for "
         "them"),
     "layers-without-files": Code("info", "some layers of a pipeline have no file"),
+    "lists-left-out": Code(
+        "warning", "lists of the checkpoint hold tensors, which have no names; they were not read"),
     "logits-not-finite": Code("error", "the logits contain NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master; the model's values were used"),

@@ -29,10 +29,10 @@ from typing import Any
 from reshard.containers.distributed import Decoder, is_distributed
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.named import entries_of
+from reshard.containers.torch.named import entries_of, lists_of_tensors
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
-from reshard.core.findings import Finding, objects_unread, part_left_out
+from reshard.core.findings import Finding, lists_left_out, objects_unread, part_left_out
 from reshard.core.plan import OutputFile
 from reshard.core.regex import regex
 from reshard.core.state import ReadState
@@ -103,6 +103,9 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         findings += [Finding("no-checksums", warning, file.name) for warning in content.warnings]
         if content.opaque:
             findings.append(objects_unread(content.opaque))
+        lists = _lists(content.value)
+        if lists:
+            findings.append(lists_left_out(lists))
     order = [name for name, entry in entries.items() if entry.spec.dtype.floating]
     if len(files) == 1:
         read_before = tuple(dict.fromkeys(records))
@@ -216,7 +219,7 @@ def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[
     for key, inner in value.items() if isinstance(value, dict) and depth else ():
         if not isinstance(key, str) or not isinstance(inner, dict) or inner is part:
             continue
-        if RUN_STATE.fullmatch(key) or key in OPTIMIZER_KEYS:
+        if _is_run_state(key):
             continue
         # A loss or a step that is stored as a tensor is not a weight.
         if tensors := sum(bool(tensor.shape) for tensor in _tensors(inner).values()):
@@ -225,6 +228,18 @@ def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[
             within = _beside(inner, part, depth - 1)
             counts |= {f"{key}.{name}": count for name, count in within.items()}
     return counts
+
+
+def _lists(value: object) -> list[str]:
+    """The lists of tensors beside the run's state: an `_extra_state` may be one."""
+    if not isinstance(value, dict):
+        return []
+    own = {key: inner for key, inner in value.items() if not _is_run_state(key)}
+    return [*lists_of_tensors(own)]
+
+
+def _is_run_state(key: object) -> bool:
+    return key in OPTIMIZER_KEYS or (isinstance(key, str) and RUN_STATE.fullmatch(key) is not None)
 
 
 def _named_part(value: _Dict, prefix: str | None) -> tuple[_Dict, str]:

@@ -18,6 +18,7 @@ from reshard.containers.dcp.items import item_at
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.containers.dcp.metadata import Path as StatePath
 from reshard.containers.torch import Opaque, TensorRef
+from reshard.containers.torch.named import lists_of_tensors
 from reshard.containers.torch.plain import PlainData
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
@@ -33,12 +34,16 @@ _MAX_OBJECT = 1 << 16
 
 
 class ObjectTensors(Struct, frozen=True):
-    """What the objects hold, by paths in the state dict: plain tensors, and distributed ones."""
+    """What the objects hold, by paths in the state dict: plain tensors, and distributed ones.
+
+    `unread` are the classes of other objects, `lists` the dotted names of lists that hold tensors.
+    """
 
     tensors: Mapping[StatePath, TensorRef]
     others: Mapping[StatePath, Opaque]
     records: tuple[Record, ...]
     unread: tuple[str, ...]
+    lists: tuple[str, ...]
 
 
 def find(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
@@ -51,12 +56,14 @@ def find(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
     others: dict[StatePath, Opaque] = {}
     records: list[Record] = []
     unread: set[str] = set()
+    lists: list[str] = []
     for key, copies in metadata.objects.items():
         if not copies:
             continue
         file = _read(key, copies[0], folder, sources)
         records += file.records
         unread.update(file.opaque)
+        lists += lists_of_tensors({".".join(metadata.paths[key]): file.value})
         for path, value in _walk(metadata.paths[key], file.value):
             if path in tensors or path in others:
                 raise FormatError("two of its tensors have this path.", path=folder, tensor=key)
@@ -64,7 +71,7 @@ def find(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
                 tensors[path] = value
             else:
                 others[path] = value
-    return ObjectTensors(tensors, others, tuple(records), tuple(sorted(unread)))
+    return ObjectTensors(tensors, others, tuple(records), tuple(sorted(unread)), tuple(lists))
 
 
 def read_object(

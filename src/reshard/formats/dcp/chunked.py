@@ -12,7 +12,7 @@ from reshard.containers.dcp.objects import ObjectTensors
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
 from reshard.core.catalog import Catalog, Origin
-from reshard.core.findings import Finding, objects_unread, part_left_out
+from reshard.core.findings import Finding, lists_left_out, objects_unread, part_left_out
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.formats import Selection
@@ -68,7 +68,7 @@ def read_chunks(
 
 def _in_objects(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
     """The tensors in objects, of a checkpoint that was saved without flattening."""
-    nothing = ObjectTensors({}, {}, (), ())
+    nothing = ObjectTensors({}, {}, (), (), ())
     if metadata.flattened:
         return nothing
     try:
@@ -141,3 +141,5 @@ def _findings(part: parts.Part, in_objects: ObjectTensors) -> Iterable[Finding]:
         yield part_left_out(name, count)
     if in_objects.unread:
         yield objects_unread(in_objects.unread)
+    if in_objects.lists:
+        yield lists_left_out(in_objects.lists)
