@@ -167,7 +167,7 @@ def test_frozen_weights_that_were_not_saved_are_the_bases(qwen2: Path, tmp_path:
     flags = ["--hf_base", qwen2, "--checkpoint_dir", folder.parent, "--lora-alpha", 4]
     done = run("fsdp2hf", *flags, "--output_dir", tmp_path / "out")
     assert done.returncode == 1
-    assert "take them from the base: --fill-from-base.\n" in done.stderr
+    assert "take them from the base: --fill-from-base." in done.stderr
     done = run("fsdp2hf", *flags, "--output_dir", tmp_path / "out", "--fill-from-base")
     assert done.returncode == 0, done.stderr
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -58,13 +58,13 @@ QUICK = (
     Move(("zero2", 2), "deepspeed", ("fsdp2", 3), "lightrft"),
     Move(("zero2", 2), "deepspeed", ("zero3", 3), "universal", {}, True),
     Move(("fsdp2", 3), "lightrft", ("zero3", 2), "universal", ONE),
-    Move(("fsdp2", 3), "lightrft", ("zero2", 2), "universal"),
     Move(("zero3", 2), "deepspeed", ("zero1", 3), "universal"),
     Move(("fsdp1", 2), "accelerate", ("fsdp2", 3), "accelerate"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
     Move(("fsdp2", 2), "nested", ("fsdp2", 3), "lightrft", {"every": True}),
 )
 SLOW = (
+    Move(("fsdp2", 3), "lightrft", ("zero2", 2), "universal"),
     Move(("zero3", 2), "deepspeed", ("zero1", 1), "universal"),
     Move(("fsdp2", 3), "accelerate", ("zero2", 2), "universal", LORA),
     Move(("fsdp2", 2), "full", ("zero2", 3), "universal"),
