@@ -50,8 +50,9 @@ def measured(folder: Path) -> str:
         if not source.is_dir():
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            inspect = _run("inspect", os.fspath(source))
-            dry = _run("convert", "--dry-run", os.fspath(source), f"{scratch}/out")
+            planned = ("convert", "--dry-run", os.fspath(source), f"{scratch}/out")
+            _run(*planned)  # reads the metadata from the disk
+            inspect, dry = _run("inspect", os.fspath(source)), _run(*planned)
         lines.append(f"| {name} | {_cell(inspect)} | {_cell(dry)} |")
     load = f"{os.getloadavg()[1]:.1f} programs running"
     machine = f"{_processor()}, {load}, Python {platform.python_version()}, metadata cached."
