@@ -33,9 +33,8 @@ class Moments(Struct, frozen=True):
     @classmethod
     def of(cls, state: TrainingState) -> Moments:
         """What a state amounts to."""
-        counts = sorted({step.count for step in state.steps.values()})
-        ends = tuple(dict.fromkeys((counts[0], counts[-1]))) if counts else ()
-        return cls(tuple(state.moments), len(state.names), len(state.groups), ends, state.nbytes)
+        names, groups = len(state.names), len(state.groups)
+        return cls(tuple(state.moments), names, groups, state.step_range, state.nbytes)
 
     def __str__(self) -> str:
         steps = " to ".join(map(str, self.steps))

@@ -91,6 +91,13 @@ class TrainingState(Struct, frozen=True, dict=True):
         return frozenset(name for table in self.moments.values() for name in table)
 
     @property
+    def step_range(self) -> tuple[int, ...]:
+        """The fewest and the most steps of a parameter: one number if they are equal, none if the
+        state counts no steps."""
+        counts = {step.count for step in self.steps.values()}
+        return tuple(dict.fromkeys((min(counts), max(counts)))) if counts else ()
+
+    @property
     def hyperparameters_known(self) -> bool:
         """Whether every group states its hyperparameters."""
         return bool(self.groups) and all(group.hyperparameters for group in self.groups)

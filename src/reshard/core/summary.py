@@ -48,10 +48,8 @@ class StateSummary(Struct, frozen=True):
         return f"{', '.join(parts) or 'no moments'} of {len(state.names)} parameters"
 
     def _steps(self, state: TrainingState) -> str:
-        counts = {step.count for step in state.steps.values()}
-        if not counts:
-            return ""
-        return f", step {' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))}"
+        steps = " to ".join(map(str, state.step_range))
+        return f", step {steps}" if steps else ""
 
     def to_json(self) -> dict[str, Any] | None:
         """The state as JSON values."""

@@ -43,11 +43,6 @@ class Endings:
     def __init__(self, names: Sequence[str]) -> None:
         self._sorted = sorted((f".{name}"[::-1], place) for place, name in enumerate(names))
 
-    @property
-    def all(self) -> range:
-        """The span of all names."""
-        return range(len(self._sorted))
-
     def span(self, end: str) -> range:
         """The names that end so, in an order of their own: for `places`."""
         start = f".{end}"[::-1]

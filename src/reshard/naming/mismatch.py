@@ -79,8 +79,9 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
     else:
         first = f"{counted}{candidate.read_as}.{layers}"
         body = _lists(first, missing, unexpected, clashes)
-        hint = _hint(candidate, missing, unexpected, clashes, check)
-        if apart.lacking and not (unexpected or clashes):
+        if unexpected or clashes or not apart.lacking:
+            hint = _hint(candidate, missing, unexpected, clashes, check)
+        else:
             hint = _WITHOUT_LAYERS
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
@@ -211,10 +212,10 @@ def _replaced(candidate: Candidate) -> bool:
 
 
 def _holds_biases(candidate: Candidate) -> bool:
-    """Whether a module that fits has a bias beside, which the base's has not: to leave it out would
-    change what was trained."""
-    biased = {hub.rpartition(".")[0] for hub in candidate.of(Verdict.UNEXPECTED)
-              if hub.endswith(".bias")}  # fmt: skip
+    """Whether a module fits the base's, but has a bias that the base's lacks. The model would
+    change if it were left out."""
+    unexpected = candidate.of(Verdict.UNEXPECTED)
+    biased = {hub.rpartition(".")[0] for hub in unexpected if hub.endswith(".bias")}
     kept = (*candidate.of(Verdict.MATCHED), *candidate.of(Verdict.RESIZED))
     return bool(biased) and any(hub.rpartition(".")[0] in biased for hub in kept)
 

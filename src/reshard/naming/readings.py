@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -19,6 +19,7 @@ from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.naming import patterns
 from reshard.naming.layouts import Effect, Layout, Piece, View
+from reshard.naming.scanning import batched
 
 #: Stands for a part of a name that is a number. A name that contains it belongs to no view.
 NUMBER = "\0"
@@ -280,8 +281,7 @@ def templates_of(names: Iterable[str]) -> Iterator[str | None]:
     >>> list(templates_of(["layers.3.up", "norm.weight", "\\0.weight"]))
     ['layers.\\x00.up', 'norm.weight', None]
     """
-    rest = iter(names)
-    while some := [*islice(rest, _AT_ONCE)]:
+    for some in batched(names, _AT_ONCE):
         joined = "\n".join(some)
         if NUMBER in joined or joined.count("\n") >= len(some):
             yield from (None if NUMBER in name else template_of(name)[0] for name in some)

@@ -109,13 +109,14 @@ def split(
     do not agree or a `value_head` that is not there.
     """
     heads: dict[str, Entry] = {}
-    plain = unwrapped(entries)
-    ending = any(clean.endswith(_SUFFIXES) for clean in plain)
-    backbone: dict[str, Entry] = {} if ending else dict(entries)
-    for clean, (name, entry) in zip(plain, entries.items(), strict=True) if ending else ():
+    backbone: dict[str, Entry] = {}
+    for clean, (name, entry) in zip(unwrapped(entries), entries.items(), strict=True):
         kind, suffix = _head_type(clean)
-        elsewhere = clean in base or allows(clean) or clean.startswith(f"{value_head}.")
-        if suffix and "." not in kind and not elsewhere:
+        if (
+            suffix
+            and "." not in kind
+            and not (clean in base or allows(clean) or clean.startswith(f"{value_head}."))
+        ):
             heads[clean] = entry.renamed(clean)
         else:
             backbone[name] = entry
@@ -131,7 +132,7 @@ def split(
 
 def _head_type(name: str) -> tuple[str, str]:
     """The head type and the suffix of a reward head's tensor; the suffix is empty for others."""
-    for suffix in _SUFFIXES:
+    for suffix in _SUFFIXES if name.endswith(_SUFFIXES) else ():
         if name.endswith(suffix) and len(name) > len(suffix):
             return name.removesuffix(suffix), suffix
     return name, ""

@@ -48,16 +48,17 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> SourceNames:
 
     Raises `NamesError` where two tensors get the same name that way, or none has the prefix.
     """
-    owners: dict[str, str] = {}
-    shapes: dict[str, Shape] = {}
     wrapped = any_contains(
         (name for own, entry in entries.items() for name in (own, *entry.aliases)),
         families.WRAPPERS,
     )
-    if prefix is None and not wrapped and not any(entry.aliases for entry in entries.values()):
-        owners = dict(zip(entries, entries, strict=True))
-        shapes = {name: entry.spec.shape for name, entry in entries.items()}
-    for own, entry in () if owners else entries.items():
+    aliased = any(entry.aliases for entry in entries.values())
+    if entries and prefix is None and not wrapped and not aliased:
+        own_shapes = {name: entry.spec.shape for name, entry in entries.items()}
+        return SourceNames(dict(zip(entries, entries, strict=True)), own_shapes)
+    owners: dict[str, str] = {}
+    shapes: dict[str, Shape] = {}
+    for own, entry in entries.items():
         for name in (own, *entry.aliases):
             clean = unwrap(name) if wrapped else name
             if prefix is not None and not clean.startswith(prefix):

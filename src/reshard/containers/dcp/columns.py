@@ -230,7 +230,7 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return len(self._order)
 
     def apart(self) -> bool:
-        """Whether the order of the items proves that no two share a byte."""
+        """Whether each file lists its items one after the other, so that none overlap."""
         return self._places.apart()
 
     def files(self) -> set[str]:

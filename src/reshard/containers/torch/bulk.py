@@ -248,7 +248,8 @@ class _Texts:
         return found, len(found)
 
     def _recalled(self, number: int) -> object:
-        """What the memo holds; what this run stored, and is no text, is not right."""
+        """The memo's value; None for one that this run stored, of which only texts may be
+        recalled."""
         return self._memo[number] if number < len(self._memo) else None
 
 

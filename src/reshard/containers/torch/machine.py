@@ -172,7 +172,7 @@ class Machine:
         )
 
     def has_lost_rows(self) -> bool:
-        """Whether `Rows` are elsewhere than where their reader finds them."""
+        """Whether some `Rows` lie where their reader does not look."""
         if self.repeats is None:
             return False
         ledger = self.repeats.ledger
@@ -183,7 +183,7 @@ class Machine:
         )
 
     def holds_rows(self) -> bool:
-        """Whether nobody took some `Rows`."""
+        """Whether some `Rows` were not taken."""
         return self.repeats is not None and self.repeats.ledger.open > 0
 
     def _breaks_off(self, pos: int) -> BreaksOffError:

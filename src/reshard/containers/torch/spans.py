@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from reshard.containers.torch.memo import LEFT_OUT, is_size
 from reshard.containers.torch.records import Global, Opaque, Shared
+from reshard.containers.torch.spelling import get_at, recalled
 from reshard.core.dtypes import DType
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _PUSHING = {
 _TAKING = {
     0x94: 1, 0x85: 1, 0x86: 2, 0x87: 3, 0x81: 2, ord("R"): 2, ord("a"): 2, ord("s"): 3, ord("b"): 2,
 }  # fmt: skip
-_GET, _LONG_GET, _SHORT_TEXT, _LONG1 = ord("h"), ord("j"), 0x8C, 0x8A
+_SHORT_TEXT, _LONG1 = 0x8C, 0x8A
 _MARK, _TUPLE, _BUILD = ord("("), ord("t"), ord("b")
 _SETTING = frozenset(b"ue")
 
@@ -141,7 +142,7 @@ class Spans:
 def _end(m: Machine, pos: int) -> tuple[int, bool]:
     """Where the record at `pos` ends, and whether it may be remembered; else how far it was looked
     through. Follows only the depth of the stack, on which lie its class and an empty tuple."""
-    data, memo = m.data, m.memo
+    data = m.data
     # Whatever stands at the last place, its operands are there as well.
     limit = min(pos + _MAX_NBYTES, len(data) - 260)
     depth, marks = 2, list[int]()
@@ -151,12 +152,10 @@ def _end(m: Machine, pos: int) -> tuple[int, bool]:
         taken = _TAKING.get(code, 0)
         if pushed is not None:
             depth, pos = depth + 1, pos + pushed
-        elif code in (_GET, _LONG_GET):
-            nbytes = 1 if code == _GET else 4
-            index = int.from_bytes(data[pos + 1 : pos + 1 + nbytes], "little")
-            if index >= len(memo) or not _is_fixed(memo[index]):
+        elif raw := get_at(data, pos):
+            if not _is_fixed(recalled(m, raw)):
                 return pos, False
-            depth, pos = depth + 1, pos + 1 + nbytes
+            depth, pos = depth + 1, pos + len(raw)
         elif taken:
             if depth < taken:
                 return pos, False

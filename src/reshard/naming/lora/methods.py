@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import islice
 
 from msgspec import Struct
 
-from reshard.naming.scanning import any_contains
+from reshard.naming.scanning import any_contains, batched
 
 # Names whose parts are compared at once: those of 40,000 may be 4 million.
 _AT_ONCE = 4096
@@ -191,11 +190,9 @@ def hint(merges: bool) -> str:
 def parts_of(names: Iterable[str]) -> frozenset[str]:
     """Every part of the names that PEFT might have put there."""
     found: set[str] = set()
-    rest = iter(names)
-    while some := list(islice(rest, _AT_ONCE)):
-        if not any_contains(some, SIGNS):
-            continue
-        found.update(filter(looks_adapted, {part for name in some for part in name.split(".")}))
+    for some in batched(names, _AT_ONCE):
+        if any_contains(some, SIGNS):
+            found.update(filter(looks_adapted, {part for name in some for part in name.split(".")}))
     return frozenset(found)
 
 
